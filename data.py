@@ -1,0 +1,284 @@
+"""
+data.py: a dataset's name, or a folder of audio, becomes aligned arrays on disk, and those become batches.
+
+    audio files ──mono, 24 kHz──▶ codec ──▶ codes.npy (frames, K) uint16     clip after clip; row t of both belongs
+                             └──▶ log_mel ─▶ mel.npy  (frames, 80) float16   to the same 1/75 s of the same clip
+
+    clips.npy   (clips, 2) int64, first row and one past the last row of every clip
+    meta.json   what it was made from and with, the split, counts, the mel's mean and standard deviation
+
+    >>> data = prepare("speech", load_codec("mini"))          # once: afterwards it is only opened
+    >>> codes, mel, targets = data.batch(seed=0, step=0, batch_size=16, context=256)
+
+A batch is a pure function of (seed, step): the same for every model, and after a resume. Each row is a window of one
+clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding that no target
+counts. The first position of a clip is START, so the model is always told that there is nothing before.
+"""
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from tqdm import tqdm
+
+from mel import FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, StreamingLogMel
+
+START, IGNORE = 1024, -1             # as in model.py: the code before a clip, and a target that does not count
+ASSETS = Path(__file__).parent / "assets"
+BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
+CACHE = Path(__file__).parent / "cache"
+BLOCK_SECONDS = 10                   # audio is read, resampled and encoded this much at a time
+SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
+SUFFIXES |= {".oga", ".opus", ".aif"}
+
+
+class DataError(RuntimeError):
+    """Audio or a dataset that cannot be used; the message is one line for a person."""
+
+
+# ----------------------------------------------------------------------------- audio in
+
+def read_audio(path):
+    """Yield a file's audio, any sample rate and channels, as mono 24 kHz float32 pieces (n,) of at most 10 s.
+
+    Raises DataError, naming the file, if it is unreadable, empty or holds non-finite samples.
+    """
+    n_samples = 0
+    try:
+        with soundfile.SoundFile(path) as file:
+            resampler = None
+            if file.samplerate != SAMPLE_RATE:
+                resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
+            for block in file.blocks(BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True):
+                wave = block.mean(axis=1)
+                if not np.isfinite(wave).all():
+                    raise DataError(f"{path}: holds NaN or infinite samples")
+                n_samples += len(wave)
+                yield resampler.resample_chunk(wave) if resampler else wave
+            if resampler:
+                yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+    except (soundfile.SoundFileError, ValueError, OSError) as error:
+        reason = str(error).removeprefix(f"Error opening {str(path)!r}: ")
+        raise DataError(f"{path}: cannot be read as audio ({reason.strip()})") from error
+    if n_samples == 0:
+        raise DataError(f"{path}: holds no samples")
+
+
+def encode_file(path, codec):
+    """Yield (codes (t, K) uint16, mel (t, 80) float16) of a file piece by piece, in bounded memory."""
+    encoder, spectrogram = codec.stream_encoder(), StreamingLogMel()
+    for piece in read_audio(path):
+        wave = torch.from_numpy(piece).to(codec.device)
+        codes, mel = encoder.push(wave[None])[0].T, spectrogram.push(wave)        # (t, K), (t, 80)
+        yield codes.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
+
+
+# ----------------------------------------------------------------------------- preparing a dataset
+
+def find_audio(dataset):
+    """A bundled dataset's name or a folder -> (folder, sorted paths of the audio files under it)."""
+    folder = BUNDLED.get(dataset, Path(dataset))
+    if not folder.is_dir():
+        raise DataError(f"no dataset '{dataset}': use {', '.join(BUNDLED)}, or the path of a folder of audio files")
+    if CACHE.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{folder} contains this program's cache ({CACHE}): choose a folder of audio only")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise DataError(f"no audio files under {folder} (looked for wav, flac, ogg, mp3 and the like)")
+    return folder, paths
+
+
+def split_clips(names):
+    """Which clips validate: bool per name (relative path).
+
+    With top-level folders train/ and val/, those in val/. Otherwise the tenth or so whose path hashes low, so that
+    adding a file moves no other; at least one on each side.
+    """
+    tops = [name.split("/")[0] for name in names]
+    if {"train", "val"} == set(tops):
+        return [top == "val" for top in tops]
+    hashes = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names]
+    threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))
+    return [h < threshold for h in hashes]
+
+
+def prepare(dataset, codec, cache=CACHE, quiet=False):
+    """Encode a dataset with a codec, unless that is done already, and open it.
+
+    dataset: `speech`, `music` or a folder, searched recursively. Returns a `Dataset`. The cache lies in `cache/`,
+    under a key made of everything that its content depends on: files (path, size, time), codec and its checksum,
+    mel settings. Files that cannot be used are skipped and named in one line.
+    Raises DataError if there is no such dataset or nothing in it can be used.
+    """
+    folder, paths = find_audio(dataset)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    files = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in zip(names, paths)]
+    made_with = {"format": 1, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
+                 "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mel_floor": FLOOR}
+    key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
+    name = dataset if dataset in BUNDLED else folder.resolve().name
+    home = Path(cache) / f"{name}-{Path(codec.name).name}-{key}"
+    if not (home / "meta.json").is_file():
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=cache))
+        try:                                                  # only a finished cache ever gets the name
+            _encode_dataset(unfinished, name, paths, names, codec, made_with, quiet)
+            shutil.rmtree(home, ignore_errors=True)
+            os.rename(unfinished, home)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return Dataset(home)
+
+
+def _encode_dataset(home, name, paths, names, codec, made_with, quiet):
+    """Fill the folder `home` with codes.npy, mel.npy, clips.npy and meta.json."""
+    clips, usable, skipped, row = [], [], [], 0
+    total = sum(path.stat().st_size for path in paths)
+    with open(home / "codes.npy", "wb+") as codes_file, open(home / "mel.npy", "wb+") as mel_file, \
+            tqdm(total=total, unit="B", unit_scale=True, desc=f"preparing {name} with {codec.name}",
+                 disable=quiet) as bar:
+        arrays = (codes_file, np.uint16, codec.n_codebooks), (mel_file, np.float16, N_MELS)
+        for file, dtype, width in arrays:
+            _write_npy_header(file, dtype, (0, width))
+        for path, clip_name in zip(paths, names):
+            before = [codes_file.tell(), mel_file.tell()]
+            start, problem = row, None
+            try:
+                for codes, mel in encode_file(path, codec):
+                    codes_file.write(codes.tobytes())
+                    mel_file.write(mel.tobytes())
+                    row += len(codes)
+                if row == start:
+                    problem = f"shorter than one frame of {HOP} samples"
+            except DataError as error:
+                problem = str(error).removeprefix(f"{path}: ")
+            if problem:                                       # take back what was written of this file
+                for (file, _, _), position in zip(arrays, before):
+                    file.seek(position)
+                    file.truncate()
+                row = start
+                skipped.append(f"{clip_name}: {problem}")
+            else:
+                clips.append((start, row))
+                usable.append(clip_name)
+            bar.update(path.stat().st_size)
+        for file, dtype, width in arrays:
+            file.seek(0)
+            _write_npy_header(file, dtype, (row, width))
+    if skipped:
+        print(f"skipped {len(skipped)} of {len(paths)} files: {'; '.join(skipped)}", file=sys.stderr)
+    if not clips:
+        raise DataError(f"nothing usable in dataset '{name}': all {len(paths)} files were skipped")
+    if len(clips) == 1:
+        if row < 10:
+            raise DataError(f"dataset '{name}' holds {row} frames in one file: too few to train and to validate on")
+        print(f"warning: {usable[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
+        cut = row - max(1, row // 10)
+        clips, usable, is_val = [(0, cut), (cut, row)], usable * 2, [False, True]
+    else:
+        is_val = split_clips(usable)
+
+    clips, is_val = np.array(clips, dtype=np.int64), np.array(is_val)
+    np.save(home / "clips.npy", clips)
+    mel = np.load(home / "mel.npy", mmap_mode="r")
+    n, total, squares = 0, np.zeros(N_MELS), np.zeros(N_MELS)
+    for start, end in clips[~is_val]:                         # one clip in memory at a time
+        part = mel[start:end].astype(np.float64)
+        n, total, squares = n + len(part), total + part.sum(0), squares + np.square(part).sum(0)
+    mean = total / n
+    std = np.sqrt(np.maximum(squares / n - mean ** 2, 1e-4))  # a band that never moves should not be blown up
+    meta = {"dataset": name, **made_with, "n_frames": row, "train_frames": n, "val_frames": row - n,
+            "mel_mean": mean.tolist(), "mel_std": std.tolist(), "skipped": skipped,
+            "clips": [{"name": c, "val": bool(v)} for c, v in zip(usable, is_val)]}
+    (home / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _write_npy_header(file, dtype, shape):
+    """The header of a .npy file. numpy pads it so that a longer first axis fits later: it can be written twice."""
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+
+
+# ----------------------------------------------------------------------------- batches
+
+class Dataset:
+    """A prepared dataset: memory-mapped codes and mel, their clips, and batches of them.
+
+    meta            the content of meta.json
+    codes, mel      (frames, K) uint16 and (frames, 80) float16, all clips one after the other
+    train, val      (clips, 2) first and one past the last frame of each clip of the split
+    """
+
+    def __init__(self, home):
+        self.meta = json.loads((home / "meta.json").read_text())
+        self.codes = np.load(home / "codes.npy", mmap_mode="r")
+        self.mel = np.load(home / "mel.npy", mmap_mode="r")
+        clips = np.load(home / "clips.npy")
+        is_val = np.array([clip["val"] for clip in self.meta["clips"]])
+        self.train, self.val = clips[~is_val], clips[is_val]
+        self.train_ends = np.diff(self.train, axis=1)[:, 0].cumsum()      # frames up to and with each clip
+
+    def batch(self, seed, step, batch_size, context):
+        """A training batch, a pure function of its arguments: codes (B, 1, T), mel (B, T, 80), targets (B, T).
+
+        Each row is centred on a frame drawn uniformly from the training split, then moved to lie inside its clip,
+        so that the first frames of a clip, where sampling starts, come up often.
+        """
+        rng = np.random.default_rng((seed, step))
+        windows = []
+        for frame in rng.integers(self.train_ends[-1], size=batch_size):
+            clip = np.searchsorted(self.train_ends, frame, side="right")
+            start, end = self.train[clip]
+            offset = frame - (self.train_ends[clip] - (end - start)) - context // 2
+            windows.append((start, end, max(0, min(offset, end - start - context)), 0))
+        return self.gather(windows, context)
+
+    def validation(self, context, batch_size):
+        """The whole validation split in fixed order: yields (codes, mel, targets, clip (B,)) batches.
+
+        Windows overlap by half and only the second half of each is scored, the first window of a clip whole: every
+        target counts exactly once, with at least half a context behind it wherever the clip has that much.
+        `context` must be even.
+        """
+        half = context // 2
+        windows = [(i, start, end, offset, half if offset else 0)
+                   for i, (start, end) in enumerate(self.val)
+                   for offset in [0, *range(half, end - start - half, half)]]
+        for i in range(0, len(windows), batch_size):
+            part = windows[i:i + batch_size]
+            yield (*self.gather([w[1:] for w in part], context), torch.tensor([w[0] for w in part]))
+
+    def gather(self, windows, context):
+        """Windows (clip start, clip end, offset, first scored position) -> padded tensors, inputs one frame behind.
+
+        Position p of a row predicts frame offset + p of the clip and is shown frame offset + p - 1; before the
+        clip's first frame it is shown START.
+        """
+        B = len(windows)
+        codes = torch.zeros(B, 1, context, dtype=torch.long)
+        mel = torch.zeros(B, context, self.mel.shape[1])
+        targets = torch.full((B, context), IGNORE)
+        for row, (start, end, offset, score_from) in enumerate(windows):
+            first, n = start + offset, min(context, end - start - offset)
+            at_start = int(offset == 0)                       # the clip's first input is START, not a frame
+            shown = slice(first - 1 + at_start, first - 1 + n)
+            codes[row, 0, 0] = START
+            codes[row, 0, at_start:n] = torch.from_numpy(self.codes[shown, 0].astype(np.int64))
+            mel[row, at_start:n] = torch.from_numpy(self.mel[shown].astype(np.float32))
+            targets[row, :n] = torch.from_numpy(self.codes[first:first + n, 0].astype(np.int64))
+            targets[row, :score_from] = IGNORE
+        return codes, mel, targets
+
+    def unigram_nll(self):
+        """Cross-entropy (nats) of the validation targets under add-one counts of the training targets."""
+        train, val = (np.bincount(np.concatenate([self.codes[a:b, 0] for a, b in clips]), minlength=START)
+                      for clips in (self.train, self.val))
+        log_p = np.log((train + 1) / (train.sum() + START))
+        return float(-(val * log_p).sum() / val.sum())

@@ -1,0 +1,231 @@
+"""
+model.py: one hybrid transformer. It reads two views of the same 1/75 s of audio and predicts the next code.
+
+    coarse code ── embedding ─────────────────────────┐
+                                                      ├─ concatenate ── project ── blocks ── head ── next code
+    log-mel frame ── standardise ── linear ── blocks ─┘
+                                          (light, causal)
+
+The discrete side makes the output a distribution that can be sampled and scored; the continuous side brings what the
+coarse code has thrown away, without a single position more (Whisper-GPT, arXiv 2412.11449, figure 1). A token-only
+GPT and a mel-only model are this same class with one branch switched off.
+
+Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention and a squared-ReLU MLP
+(So et al., 2109.08668); no biases.
+
+    >>> model = HybridGPT(PRESETS["hybrid"])
+    >>> logits, loss = model(codes, mel, targets)        # (B, K, T), (B, T, 80), (B, T) -> (B, T, 1024), scalar
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+CODEBOOK_SIZE = 1024
+START = 1024                         # the code id of the position before a clip's first frame
+IGNORE = -1                          # a target that does not count
+
+
+@dataclass
+class Config:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_inner: int                     # width of the MLPs of the stack
+    use_codes: bool = True           # the token branch
+    use_mel: bool = True             # the mel branch
+    n_mel_layer: int = 1             # light causal blocks over the mel frames
+    n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
+    n_mels: int = 80
+    context: int = 512               # positions a position can see, itself included
+    dropout: float = 0.0
+
+
+PRESETS = {
+    # the paper's three, and gpt-m: a token-only model of the hybrid's size
+    "gpt-s":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024, use_mel=False),
+    "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1173, use_mel=False),
+    "hybrid":   Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024),
+    "gpt-l":    Config(n_layer=12, n_head=8, n_embd=512, n_inner=2048, use_mel=False),
+    # learns something on two CPU cores in minutes, and its token-only twin
+    "nano":     Config(n_layer=4, n_head=4, n_embd=128, n_inner=512, n_mel_embd=96, context=256),
+    "nano-gpt": Config(n_layer=4, n_head=4, n_embd=128, n_inner=644, use_mel=False, context=256),
+}
+
+
+# ----------------------------------------------------------------------------- positions
+
+def rotary_angles(start, length, head_dim):
+    """cos and sin of position * frequency for `length` positions from `start`: two (length, 1, 1, head_dim / 2).
+
+    In float64 and on the CPU, since positions keep counting for as long as one samples.
+    """
+    frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(start, start + length, dtype=torch.float64)[:, None] * frequency
+    angle = angle[:, None, None]
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x, rotary):
+    """Turn each pair (x[i], x[i + D/2]) by its position's angle: (B, T, 2, H, D) -> the same, for q and k at once."""
+    cos, sin = rotary
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+
+
+# ----------------------------------------------------------------------------- the block
+
+def norm(x):
+    """Layer norm without parameters: mean 0, variance 1 over the channels (B, T, C)."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+class Attention(nn.Module):
+    """Causal self-attention over at most `context` positions."""
+
+    def __init__(self, n_embd, head_dim):
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.proj = nn.Linear(n_embd, n_embd, bias=False)
+
+    def forward(self, x, rotary, mask=None, cache=None):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, C // self.head_dim, self.head_dim)
+        q, k = rotate(qkv[:, :, :2], rotary).transpose(1, 3).unbind(2)            # (B, H, T, D) each
+        v = qkv[:, :, 2].transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and cache is None)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then a two-layer MLP, each added to the stream."""
+
+    def __init__(self, n_embd, n_inner, head_dim, dropout):
+        super().__init__()
+        self.attention = Attention(n_embd, head_dim)
+        self.up = nn.Linear(n_embd, n_inner, bias=False)
+        self.proj = nn.Linear(n_inner, n_embd, bias=False)
+        self.dropout = dropout
+
+    def forward(self, x, *context):
+        x = x + self.drop(self.attention(norm(x), *context))
+        return x + self.drop(self.proj(F.relu(self.up(norm(x))).square()))
+
+    def drop(self, x):
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class Cache:
+    """Keys and values of the last `context` positions, for generating one position at a time in constant time.
+
+    Attention does not care in which order its keys stand, and every key carries its own position (rotary), so a
+    ring will do: position t overwrites position t - context.
+    """
+
+    def __init__(self, context):
+        self.context, self.position, self.rings = context, 0, {}
+
+    def extend(self, attention, k, v):
+        """Store k, v (B, H, 1, D) of the current position; return those of all visible ones, (B, H, n, D) each."""
+        if attention not in self.rings:
+            B, H, _, D = k.shape
+            self.rings[attention] = k.new_zeros(2, B, H, self.context, D)
+        ring = self.rings[attention]
+        ring[0, :, :, self.position % self.context] = k[:, :, 0]
+        ring[1, :, :, self.position % self.context] = v[:, :, 0]
+        return ring[:, :, :, : min(self.position + 1, self.context)]
+
+
+# ----------------------------------------------------------------------------- the model
+
+class HybridGPT(nn.Module):
+    """Next-code predictor over two aligned streams, coarse codes and log-mel frames.
+
+    config: a `Config`, for example one of `PRESETS`. Raises ValueError for a combination that cannot work.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        head_dim = c.n_embd // c.n_head
+        if not (c.use_codes or c.use_mel):
+            raise ValueError("a model needs use_codes or use_mel")
+        if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim):
+            raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, and n_mel_embd "
+                             f"{c.n_mel_embd} a multiple of that size")
+        if c.use_codes:
+            self.code_embedding = nn.Embedding(CODEBOOK_SIZE + 1, c.n_embd)       # + 1: START
+        if c.use_mel:
+            self.register_buffer("mel_mean", torch.zeros(c.n_mels))
+            self.register_buffer("mel_std", torch.ones(c.n_mels))
+            self.mel_in = nn.Linear(c.n_mels, c.n_mel_embd, bias=False)
+            self.mel_blocks = nn.ModuleList(
+                Block(c.n_mel_embd, 4 * c.n_mel_embd, head_dim, c.dropout) for _ in range(c.n_mel_layer))
+            self.fuse = nn.Linear(c.n_embd * c.use_codes + c.n_mel_embd, c.n_embd, bias=False)
+        self.blocks = nn.ModuleList(Block(c.n_embd, c.n_inner, head_dim, c.dropout) for _ in range(c.n_layer))
+        self.head = nn.Linear(c.n_embd, CODEBOOK_SIZE, bias=False)
+        self.register_buffer("rotary", rotary_angles(0, c.context, head_dim), persistent=False)
+
+        for name, p in self.named_parameters():
+            # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions
+            std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
+            nn.init.normal_(p, mean=0.0, std=std)
+        if c.use_mel:                          # inputs of variance 1 should enter the stream with variance 1
+            nn.init.normal_(self.mel_in.weight, std=c.n_mels ** -0.5)
+        if c.use_codes and c.use_mel:
+            nn.init.normal_(self.code_embedding.weight, std=1.0)
+            nn.init.normal_(self.fuse.weight, std=self.fuse.in_features ** -0.5)
+
+    def n_params(self):
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.parameters())
+
+    def set_mel_statistics(self, mean, std):
+        """Mean and standard deviation (80,) of the training split's log-mel, kept with the weights."""
+        if self.config.use_mel:
+            self.mel_mean.copy_(torch.as_tensor(mean))
+            self.mel_std.copy_(torch.as_tensor(std))
+
+    def forward(self, codes, mel, targets=None, cache=None):
+        """Logits of the next code at every position, and the loss.
+
+        codes (B, K, T) int64; only the coarse row is read; START at the position before a clip
+        mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None without a mel branch
+        targets (B, T) int64 or None: the next codes, IGNORE where none counts
+        cache: a `Cache`, then T is 1 and the positions before this one are remembered
+        Returns logits (B, T, 1024) and the mean cross-entropy in nats (None without targets).
+        """
+        codes = codes[:, 0]                                                       # (B, T)
+        T = codes.shape[1]
+        context, start = self.config.context, cache.position if cache else 0
+        if start + T <= context:
+            rotary = self.rotary[:, start:start + T]
+        else:
+            rotary = rotary_angles(start, T, self.rotary.shape[-1] * 2).to(codes.device)
+        mask = None
+        if T > context:                                                           # each position sees `context`
+            mask = torch.ones(T, T, dtype=torch.bool, device=codes.device).tril().triu(1 - context)
+
+        streams = []
+        if self.config.use_codes:
+            streams.append(self.code_embedding(codes))                            # (B, T, n_embd)
+        if self.config.use_mel:
+            mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) / self.mel_std
+            m = self.mel_in(mel.masked_fill((codes == START)[..., None], 0.0))    # (B, T, n_mel_embd)
+            for block in self.mel_blocks:
+                m = block(m, rotary, mask, cache)
+            streams.append(norm(m))
+        x = self.fuse(torch.cat(streams, dim=-1)) if self.config.use_mel else streams[0]
+        for block in self.blocks:
+            x = block(x, rotary, mask, cache)
+        logits = self.head(norm(x))                                               # (B, T, 1024)
+        if cache:
+            cache.position += 1
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)

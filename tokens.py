@@ -1,0 +1,261 @@
+"""
+tokens.py: EnCodec turns a waveform into a small stack of integers 75 times a second, and back.
+
+    wave (B, N) ──encoder──▶ latents ──residual vector quantiser──▶ codes (B, K, T) ──decoder──▶ wave (B, T*320)
+
+Codebook 1 picks the nearest of 1024 vectors to the latent, codebook 2 the nearest to what is left over, and so on:
+K codebooks cost K * 10 bits a frame (0.75 kbit/s each), coarse first.
+
+Two codecs, one class of the `encodec` package (Défossez et al., arXiv 2210.13438):
+
+    mini     made by this project, weights in assets/, zero padding: causal from the first code on
+    encodec  Meta's EnCodec 24 kHz, 14.9 M parameters, downloaded once (93 MB) or read from a folder
+
+    >>> codec = load_codec("mini")
+    >>> codes = codec.encode(wave)          # (B, 8, T), T = N // 320
+    >>> again = codec.decode(codes)         # (B, T * 320)
+
+Everything runs piece by piece (`stream_encoder`, `stream_decoder`): each layer remembers the little it needs of
+the past, so any split gives the result of one pass, and a file of any length needs the memory of ten seconds.
+"""
+import hashlib
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import torch
+
+try:                                 # encodec imports torchaudio, which we never use. Its only wheel is built for
+    import torchaudio                # noqa: F401   CUDA and fails to load beside a CPU build of torch: then, and
+except (ImportError, OSError):       # only then, an empty module of that name lets encodec import.
+    sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+import encodec.model
+from encodec.model import EncodecModel
+from encodec.modules import SConv1d, SConvTranspose1d, SEANetDecoder, SEANetEncoder, SLSTM
+from encodec.modules.conv import pad1d
+from encodec.modules.seanet import SEANetResnetBlock
+from encodec.quantization import ResidualVectorQuantizer
+
+SAMPLE_RATE = 24_000
+HOP = 320                            # samples per code; 75 codes a second
+CODEBOOK_SIZE = 1024
+PIECE = 10 * SAMPLE_RATE             # long audio goes through the networks in pieces of this many samples
+SILENCE = 8                          # frames of silence before a clip for a codec that pads by reflection
+
+MINI = Path(__file__).parent / "assets" / "mini.pt"
+MINI_SHA256 = "to be set by the first export"
+ENCODEC_FILE = "encodec_24khz-d7cc33bc.th"
+
+
+class CodecError(RuntimeError):
+    """A codec that cannot be had, or input it cannot take; the message is one line for a person."""
+
+
+# ----------------------------------------------------------------------------- networks, one piece at a time
+
+def run_piece(module, x, state):
+    """Apply one of EnCodec's modules to the next piece of a signal, x (B, C, T) -> (B, C', T').
+
+    `state` is a dict, empty at the start of a clip: layer -> what it must remember. A causal convolution
+    remembers the last inputs its kernel still reaches, a transposed one the last input (its kernel is twice its
+    stride, so each output block depends on two inputs), the LSTM its hidden state.
+    """
+    if isinstance(module, torch.nn.Sequential):
+        for child in module:
+            x = run_piece(child, x, state)
+        return x
+    if isinstance(module, SEANetResnetBlock):
+        return run_piece(module.shortcut, x, state) + run_piece(module.block, x, state)
+    if isinstance(module, SConv1d):
+        conv = module.conv.conv
+        reach = (conv.kernel_size[0] - 1) * conv.dilation[0] - (conv.stride[0] - 1)
+        if module in state:
+            x = torch.cat([state[module], x], dim=-1)
+        else:                                                 # the start of the clip: pad as the package does
+            x = pad1d(x, (reach, 0), mode=module.pad_mode)
+        state[module] = x[..., x.shape[-1] - reach:]
+        return module.conv(x)
+    if isinstance(module, SConvTranspose1d):
+        stride, n = module.convtr.convtr.stride[0], x.shape[-1]
+        before = module in state
+        y = module.convtr(torch.cat([state[module], x], dim=-1) if before else x)
+        state[module] = x[..., -1:]
+        return y[..., stride * before: stride * (n + before)]
+    if isinstance(module, SLSTM):
+        x = x.permute(2, 0, 1)                                # (T, B, C)
+        y, state[module] = module.lstm(x, state.get(module))
+        return (y + x if module.skip else y).permute(1, 2, 0)
+    return module(x)                                          # activations, identities: no memory
+
+
+class StreamEncoder:
+    """`push(wave (B, n)) -> codes (B, K, t)`: the codes that became complete; n >= 0, any split, the same B."""
+
+    def __init__(self, codec, n_codebooks):
+        self.codec, self.n_codebooks = codec, n_codebooks
+        self.state, self.rest = {}, None                      # rest: samples of a frame not yet complete
+
+    @torch.no_grad()
+    def push(self, wave):
+        if self.rest is None:
+            self.rest = wave[:, :0]
+            if self.codec.silence_frames:
+                silence = wave.new_zeros(len(wave), 1, self.codec.silence_frames * HOP)
+                run_piece(self.codec.model.encoder.model, silence, self.state)
+        wave = torch.cat([self.rest, wave], dim=-1)
+        whole = wave.shape[-1] // HOP * HOP
+        self.rest = wave[:, whole:]
+        codes = []
+        for piece in wave[:, :whole].split(PIECE, dim=-1):
+            if piece.shape[-1]:
+                latents = run_piece(self.codec.model.encoder.model, piece[:, None], self.state)     # (B, C, t)
+                codes.append(self.codec.quantize(latents, self.n_codebooks))
+        if not codes:
+            return torch.empty(len(wave), self.n_codebooks, 0, dtype=torch.long, device=wave.device)
+        return torch.cat(codes, dim=-1)
+
+
+class StreamDecoder:
+    """`push(codes (B, K, t)) -> wave (B, t * 320)`: t >= 0, any split, the same B and K each time."""
+
+    def __init__(self, codec):
+        self.codec, self.state = codec, None
+
+    @torch.no_grad()
+    def push(self, codes):
+        model = self.codec.model
+        if self.state is None:
+            self.state = {}
+            if self.codec.silence_frames:
+                silence = self.codec.silence_codes[:, :codes.shape[1]].expand(len(codes), -1, -1)
+                run_piece(model.decoder.model, model.quantizer.decode(silence.transpose(0, 1)), self.state)
+        waves = [codes.new_zeros(len(codes), 0, dtype=torch.float32)]
+        for piece in codes.split(PIECE // HOP, dim=-1):
+            if piece.shape[-1]:
+                latents = model.quantizer.decode(piece.transpose(0, 1))                             # (B, C, t)
+                waves.append(run_piece(model.decoder.model, latents, self.state)[:, 0])
+        return torch.cat(waves, dim=-1)
+
+
+# ----------------------------------------------------------------------------- the codec
+
+class Codec:
+    """An EnCodec model behind two calls, `encode` and `decode`. Made by `load_codec`; always eval, never a gradient.
+
+    name, checksum   what wrote these codes, for caches and checkpoints
+    n_codebooks      how many codebooks the weights hold
+    silence_frames   frames of silence that encoding and decoding begin with and drop again. EnCodec pads the
+                     start of a clip by reflection, which lets its first codes see about seven frames ahead;
+                     inside silence the reflection shows silence, so that every code of the clip is causal.
+                     0 for a codec that pads with zeros.
+    """
+
+    def __init__(self, model, name, checksum, device="cpu"):
+        for module in model.modules():                        # fold g * v / |v| into one weight, once and for all
+            if hasattr(module, "weight_g"):
+                torch.nn.utils.remove_weight_norm(module)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.name, self.checksum, self.device = name, checksum, torch.device(device)
+        self.n_codebooks = model.quantizer.n_q
+        self.silence_frames = SILENCE if model.encoder.model[0].pad_mode == "reflect" else 0
+        if self.silence_frames:
+            silence = torch.zeros(1, 1, self.silence_frames * HOP, device=self.device)
+            with torch.no_grad():
+                self.silence_codes = self.quantize(self.model.encoder(silence), self.n_codebooks)   # (1, K, 8)
+
+    def quantize(self, latents, n_codebooks):
+        """latents (B, C, T) -> codes (B, n_codebooks, T)."""
+        return self.model.quantizer.vq.encode(latents, n_q=n_codebooks).transpose(0, 1)
+
+    def encode(self, wave, n_codebooks=None):
+        """24 kHz waveform (B, N) float32 in [-1, 1] -> codes (B, K, N // 320) int64, coarse first.
+
+        n_codebooks: the first so many; all of them by default. Samples after the last whole frame are dropped.
+        Raises CodecError for another shape, non-finite samples or a number of codebooks the codec does not have.
+        """
+        n_codebooks = self.n_codebooks if n_codebooks is None else n_codebooks
+        if not 1 <= n_codebooks <= self.n_codebooks:
+            raise CodecError(f"codec {self.name} has 1 to {self.n_codebooks} codebooks, not {n_codebooks}")
+        if wave.dim() != 2:
+            raise CodecError(f"encode takes a waveform (B, N), not a tensor of shape {tuple(wave.shape)}")
+        if not wave.isfinite().all():
+            raise CodecError("the waveform holds NaN or infinite samples")
+        return self.stream_encoder(n_codebooks).push(wave.to(self.device))
+
+    def decode(self, codes):
+        """codes (B, K, T) int64 in [0, 1024), K from 1 to `n_codebooks` -> waveform (B, T * 320) float32.
+
+        Raises CodecError for another shape or codes out of range.
+        """
+        if codes.dim() != 3 or not 1 <= codes.shape[1] <= self.n_codebooks:
+            raise CodecError(f"decode takes codes (B, 1..{self.n_codebooks}, T), not shape {tuple(codes.shape)}")
+        if codes.numel() and not 0 <= codes.min() <= codes.max() < CODEBOOK_SIZE:
+            raise CodecError(f"codes must lie in [0, {CODEBOOK_SIZE})")
+        return self.stream_decoder().push(codes.to(self.device))
+
+    def stream_encoder(self, n_codebooks=None):
+        """A fresh `StreamEncoder` for one clip (or one batch of clips of equal length)."""
+        return StreamEncoder(self, n_codebooks or self.n_codebooks)
+
+    def stream_decoder(self):
+        """A fresh `StreamDecoder` for one clip (or one batch of clips)."""
+        return StreamDecoder(self)
+
+
+# ----------------------------------------------------------------------------- which weights
+
+def build_mini(n_filters, dimension, lstm, n_codebooks=8, norm="none"):
+    """A small causal EncodecModel at EnCodec's rates, zero padding. With norm="weight_norm" it can be trained."""
+    shape = dict(n_filters=n_filters, dimension=dimension, lstm=lstm, ratios=[8, 5, 4, 2], causal=True,
+                 pad_mode="constant", norm=norm)
+    with warnings.catch_warnings():                           # torch deprecates the weight_norm that encodec calls
+        warnings.simplefilter("ignore")
+        return EncodecModel(SEANetEncoder(**shape), SEANetDecoder(**shape),
+                            ResidualVectorQuantizer(dimension=dimension, n_q=n_codebooks, bins=CODEBOOK_SIZE),
+                            target_bandwidths=[0.75 * n_codebooks], sample_rate=SAMPLE_RATE, channels=1)
+
+
+def load_codec(name="mini", device="cpu", folder=None):
+    """A `Codec` by name, `mini` or `encodec`, or from a file that assets/train_codec.py wrote.
+
+    folder: where `encodec` finds its weights (a file encodec_24khz-d7cc33bc.th) instead of downloading them.
+    Raises CodecError, in one line, when the weights are missing, damaged or not a codec's.
+    """
+    if name == "encodec":
+        return _load_encodec(device, folder)
+    path = MINI if name == "mini" else Path(name)
+    if not path.is_file():
+        raise CodecError(f"no codec '{name}': use mini, encodec, or a file written by assets/train_codec.py")
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    if name == "mini" and checksum != MINI_SHA256:
+        raise CodecError(f"{path} is not the codec this version was made with (SHA-256 {checksum[:12]}…, expected "
+                         f"{MINI_SHA256[:12]}…): restore it with `git checkout {path.name}`")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = build_mini(**saved["config"])
+        weights = {key: value.float() for key, value in saved["weights"].items()}
+        absent, unknown = model.load_state_dict(weights, strict=False)
+    except Exception as error:       # torch.load raises many kinds for a file that is not what it should be
+        raise CodecError(f"{path} is not a codec file of assets/train_codec.py ({type(error).__name__})") from error
+    # what may be absent are the running sums of codebook training, which only assets/train_codec.py uses
+    absent = [key for key in absent if not key.endswith(("inited", "cluster_size", "embed_avg"))]
+    if absent or unknown:
+        raise CodecError(f"{path} does not fit its own configuration: {(absent + unknown)[0]} is missing or unknown")
+    return Codec(model, name if name == "mini" else path.stem, checksum[:16], device)
+
+
+def _load_encodec(device, folder):
+    """Meta's weights through the package: its download, cache and checksum, or a local folder."""
+    where = Path(folder) / ENCODEC_FILE if folder else encodec.model.ROOT_URL + ENCODEC_FILE
+    try:
+        if folder and not where.is_file():
+            raise FileNotFoundError("no such file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = EncodecModel.encodec_model_24khz(repository=Path(folder) if folder else None)
+    except Exception as error:       # network, disk, checksum, unpickling: all mean that the weights cannot be had
+        raise CodecError(f"cannot load EnCodec's weights from {where} ({type(error).__name__}: {error}); fetch "
+                         f"{encodec.model.ROOT_URL}{ENCODEC_FILE} on a machine with network and pass --codec-dir "
+                         "FOLDER, or use --codec mini") from error
+    return Codec(model, "encodec", ENCODEC_FILE.split("-")[1].split(".")[0], device)

@@ -211,13 +211,13 @@ def _write_npy_header(file, dtype, shape):
 class Dataset:
     """A prepared dataset: memory-mapped codes and mel, their clips, and batches of them.
 
-    meta            the content of meta.json
+    meta, key       the content of meta.json; the name of the cache, which changes with anything it was made from
     codes, mel      (frames, K) uint16 and (frames, 80) float16, all clips one after the other
     train, val      (clips, 2) first and one past the last frame of each clip of the split
     """
 
     def __init__(self, home):
-        self.meta = json.loads((home / "meta.json").read_text())
+        self.meta, self.key = json.loads((home / "meta.json").read_text()), home.name
         self.codes = np.load(home / "codes.npy", mmap_mode="r")
         self.mel = np.load(home / "mel.npy", mmap_mode="r")
         clips = np.load(home / "clips.npy")

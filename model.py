@@ -17,7 +17,7 @@ Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fus
     >>> logits, loss = model(codes, mel, targets)        # (B, K, T), (B, T, 80), (B, T) -> (B, T, 1024), scalar
 """
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
@@ -229,3 +229,33 @@ class HybridGPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message is one line for a person."""
+
+
+def to_checkpoint(model, **facts):
+    """What a checkpoint holds: configuration, weights and `facts`; plain types and tensors only."""
+    return {"format": "whisper-gpt-1", "config": asdict(model.config), "model": model.state_dict(), **facts}
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint of train.py -> (HybridGPT in eval mode, the checkpoint's dict). Cannot run code.
+
+    Raises CheckpointError if the file is missing, damaged, or something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint["format"] != "whisper-gpt-1":
+            raise KeyError("format")
+        model = HybridGPT(Config(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint {path}: train one with `python train.py --out {path}`") from error
+    except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
+        raise CheckpointError(f"{path} is not a whole checkpoint written by train.py "
+                              f"({type(error).__name__})") from error
+    return model.to(device).eval(), checkpoint

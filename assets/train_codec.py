@@ -38,7 +38,7 @@ from tokens import CODEBOOK_SIZE, HOP, build_mini
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the loss
 COUNTS = torch.tensor([1, 2, 4, 8])                           # codebooks a clip of the batch may be decoded from
-WARM_UP = 0.2                                                 # part of the time before the quantiser comes in
+WARM_UP = 0.25                                                # part of the time before the quantiser comes in
 DECAY = 0.99                                                  # of the codebooks' moving averages
 
 
@@ -211,8 +211,8 @@ def main():
     parser.add_argument("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
     parser.add_argument("--minutes", type=float, default=60, help="of training, k-means and measuring included")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=48, help="length of a training crop, 1/75 s each")
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--frames", type=int, default=32, help="length of a training crop, 1/75 s each")
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--commitment", type=float, default=0.25, help="weight of the commitment loss")
     parser.add_argument("--n-filters", type=int, default=16)
     parser.add_argument("--dimension", type=int, default=128, help="of the latents")

@@ -1,0 +1,139 @@
+"""
+sample.py: a checkpoint, and if you like the beginning of a recording, become audio.
+
+    python sample.py --ckpt out.pt                                     five seconds from nothing -> sample.wav
+    python sample.py --ckpt out.pt --prompt clip.wav --seconds 5 --num 3       three continuations of a clip
+
+One frame, 1/75 s, at a time, around one loop:
+
+    ┌▶ model ── logits ── draw ── code ──▶ codec decoder ── 320 samples ──┬──▶ sample.wav
+    └── code and mel of this frame ◀────────────────────── log-mel ◀──────┘
+
+Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
+a frame costs the same at any time. What the model is shown is the mel of what is really heard: the decoded audio.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from data import DataError, read_audio
+from mel import FRAME_RATE, HOP, SAMPLE_RATE, StreamingLogMel
+from model import START, Cache, CheckpointError, load_checkpoint
+from tokens import CodecError, load_codec
+
+
+def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw a code from logits (B, 1024) -> (B,) int64.
+
+    temperature: divides the logits; 0 takes the most likely code. top_k: only among the k likeliest codes. top_p:
+    only among the likeliest that together hold probability p (the nucleus; Holtzman et al., 1904.09751).
+    generator: a CPU torch.Generator.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(descending=True)
+        before = p.cumsum(-1) - p                             # probability of the codes likelier than this one
+        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), -torch.inf)
+    return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+
+
+@torch.no_grad()
+def generate(model, codec, n_frames, num=1, prompt=None, **how):
+    """Yield (codes (B, 1, 1), wave (B, 320)) frame by frame: the prompt as the codec decodes it, then `n_frames` new.
+
+    model: a `HybridGPT` in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
+    prompt: codes (1, 1, P) or None; how: arguments of `draw`
+    The prompt and its continuation run through one codec state, so there is no seam between them.
+    """
+    device = next(model.parameters()).device
+    n_prompt = 0 if prompt is None else prompt.shape[-1]
+    cache, decoder, spectrogram = Cache(model.config.context), codec.stream_decoder(), StreamingLogMel()
+    codes = torch.full((num, 1, 1), START, device=device)
+    mel = torch.zeros(num, 1, model.config.n_mels, device=device)
+    for t in range(n_prompt + n_frames):
+        logits, _ = model(codes, mel, cache=cache)            # (B, 1, 1024)
+        if t < n_prompt:
+            codes = prompt[:, :, t:t + 1].expand(num, 1, 1).to(device)
+        else:
+            codes = draw(logits[:, 0], **how)[:, None, None]
+        wave = decoder.push(codes.to(codec.device))           # (B, 320)
+        mel = spectrogram.push(wave).to(device)               # (B, 1, 80)
+        yield codes, wave
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Generate audio from a checkpoint of train.py.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--ckpt", default="out.pt", help="checkpoint of train.py")
+    add("--prompt", help="audio file to continue")
+    add("--seconds", type=float, default=5.0, help="of new audio")
+    add("--num", type=int, default=1, help="how many, generated side by side")
+    add("--temperature", type=float, default=0.9, help="0: always the likeliest code")
+    add("--top-k", type=int, help="draw among the k likeliest codes only")
+    add("--top-p", type=float, help="draw among the likeliest codes that hold this much probability")
+    add("--seed", type=int, default=0)
+    add("--codec", help="codec to decode with (default: the one the checkpoint names)")
+    add("--codec-dir", help="folder with EnCodec's weights")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", default="sample.wav", help="with --num 3: sample-1.wav, sample-2.wav, sample-3.wav")
+    args = parser.parse_args()
+    if args.seconds * FRAME_RATE < 1 or args.num < 1:
+        parser.error(f"--seconds must be at least one frame (1/{FRAME_RATE}) and --num at least 1")
+    if args.temperature < 0:
+        parser.error("--temperature must be 0 or more")
+    if args.top_k is not None and args.top_k < 1 or args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error("--top-k must be at least 1, --top-p in (0, 1]")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    out = Path(args.out)
+    names = [out] if args.num == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.num)]
+    if out.suffix.lower() not in (".wav", ".flac") or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        sys.exit(f"error: cannot write {out}: --out takes a .wav or .flac file in an existing, writable folder")
+    model, checkpoint = load_checkpoint(args.ckpt, args.device)
+    codec = load_codec(args.codec or checkpoint["codec"], args.device, args.codec_dir)
+    if codec.checksum != checkpoint["codec_checksum"]:
+        raise CodecError(f"{args.ckpt} was trained on codes of codec {checkpoint['codec']} "
+                         f"({checkpoint['codec_checksum']}), not on those of {codec.name} ({codec.checksum})")
+    prompt = None
+    if args.prompt:
+        wave = torch.from_numpy(np.concatenate(list(read_audio(args.prompt))))
+        prompt = codec.encode(wave[None], n_codebooks=1)      # (1, 1, P)
+        if prompt.shape[-1] == 0:
+            raise DataError(f"{args.prompt}: holds {len(wave)} samples, less than one frame ({HOP} at 24 kHz)")
+
+    n_frames = round(args.seconds * FRAME_RATE)
+    generator = torch.Generator().manual_seed(args.seed)
+    waves, start = [], time.time()
+    for _, wave in generate(model, codec, n_frames, args.num, prompt, temperature=args.temperature,
+                            top_k=args.top_k, top_p=args.top_p, generator=generator):
+        waves.append(wave.cpu())
+        if sys.stderr.isatty() and len(waves) % 15 == 0:
+            done = len(waves) / FRAME_RATE
+            print(f"\r{done:.1f} s at {done / (time.time() - start):.2f} x real time ", end="", file=sys.stderr)
+    seconds = len(waves) / FRAME_RATE
+    for name, wave in zip(names, torch.cat(waves, dim=-1).clamp(-1, 1).numpy()):
+        soundfile.write(name, wave, SAMPLE_RATE, subtype="PCM_16")
+    print(f"{', '.join(map(str, names))}: {seconds:.2f} s"
+          + (f", the first {prompt.shape[-1] / FRAME_RATE:.2f} s of it the prompt" if args.prompt else "")
+          + f" ({args.num * seconds / (time.time() - start):.2f} x real time)")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, CodecError, DataError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,288 @@
+"""
+train.py: the training loop, on one GPU or on the CPU.
+
+    python train.py --dataset speech                        a hybrid on the bundled speech -> out.pt
+    python train.py --dataset speech --model nano-gpt --out gpt.pt        its token-only twin, same batches
+    python train.py --dataset ~/recordings --model hybrid   your own folder of audio
+    python train.py --resume                                go on after an interruption, from out.last.pt
+    python train.py --eval out.pt                           score a checkpoint, train nothing
+
+Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
+that was printed. An evaluation is the whole validation split in fixed order, so two of them can be compared.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import IGNORE, DataError, prepare
+from model import CODEBOOK_SIZE, PRESETS, CheckpointError, HybridGPT, load_checkpoint, to_checkpoint
+from tokens import CodecError, load_codec
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Train a hybrid audio language model, or its token-only twin.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument_group("what to train on").add_argument
+    add("--dataset", default="speech", help="speech, music, or a folder of audio files")
+    add("--codec", default="mini", help="mini, encodec, or a file of assets/train_codec.py")
+    add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
+    add = parser.add_argument_group("what to train").add_argument
+    add("--model", choices=PRESETS, help="preset of model.py (default: hybrid on a GPU, nano without one)")
+    add("--context", type=int, help="positions the model sees, 75 a second; even (default: the preset's)")
+    add("--dropout", type=float, default=0.1)
+    add = parser.add_argument_group("how to train").add_argument
+    add("--steps", type=int, default=600)
+    add("--batch-size", type=int, default=16, help="windows of one context each, per step")
+    add("--accumulate", type=int, default=1, help="split each batch into so many, to save memory")
+    add("--lr", type=float, default=3e-3, help="highest learning rate; warm-up, then cosine to a tenth")
+    add("--warmup", type=int, default=50, help="steps")
+    add("--weight-decay", type=float, default=0.1)
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--seed", type=int, default=0, help="of the weights, the batches and dropout")
+    add("--eval-every", type=int, default=100, help="steps between evaluations")
+    add = parser.add_argument_group("where to run").add_argument
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: bfloat16 on cuda)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda only)")
+    add = parser.add_argument_group("files").add_argument
+    add("--out", default="out.pt", help="checkpoint; OUT.last.pt and OUT.jsonl stand beside it")
+    add("--resume", action="store_true", help="continue the run of --out, with the options it was started with")
+    add("--overwrite", action="store_true", help="start anew although --out exists")
+    add("--eval", metavar="CKPT", help="print a checkpoint's validation figures and stop")
+    args = parser.parse_args()
+    for name in ("steps", "batch_size", "accumulate", "eval_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.context is not None and (args.context < 2 or args.context % 2):
+        parser.error("--context must be an even number of positions, 2 or more")
+    if args.batch_size % args.accumulate:
+        parser.error(f"--accumulate {args.accumulate} must divide --batch-size {args.batch_size}")
+    if args.resume and args.overwrite:
+        parser.error("--resume continues a run and --overwrite discards it: give one of them")
+    return args
+
+
+def choose_device(name):
+    """A torch.device by name, or the best there is."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"error: device '{name}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
+    return torch.device(name)
+
+
+def save(path, content):
+    """Write beside `path`, then rename: whatever happens, `path` is a whole checkpoint, the old or the new."""
+    beside = f"{path}.tmp"
+    with open(beside, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+@torch.no_grad()
+def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
+    """Score the whole validation split: {"val_nll", "val_ppl", "val_acc"}, nats a code, and NLL sums per clip.
+
+    Each target is scored once (see Dataset.validation). Returns (figures, sums (clips,), counts (clips,)).
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    sums, counts = np.zeros(len(data.val)), np.zeros(len(data.val))
+    correct = 0
+    for codes, mel, targets, clip in data.validation(model.config.context, batch_size):
+        with autocast:
+            logits, _ = model(codes.to(device), mel.to(device))
+        nll = F.cross_entropy(logits.float().transpose(1, 2), targets.to(device), ignore_index=IGNORE,
+                              reduction="none").sum(1)                            # (B,)
+        correct += (logits.argmax(-1).cpu() == targets).sum().item()
+        np.add.at(sums, clip, nll.double().cpu().numpy())
+        np.add.at(counts, clip, (targets != IGNORE).sum(1).numpy())
+    model.train()
+    nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
+    return {"val_nll": nll, "val_ppl": math.exp(nll), "val_acc": accuracy}, sums, counts
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then half a cosine down to a tenth."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def main():
+    args = parse_arguments()
+    device = choose_device(args.device)
+    out = Path(args.out)
+    last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
+    state = None
+
+    # --- what the run is: from the command line, or from the run that is continued or scored
+    if args.eval:
+        model, checkpoint = load_checkpoint(args.eval, device)
+        if not any(a.split("=")[0] == "--dataset" for a in sys.argv):
+            args.dataset = checkpoint["dataset"]
+        args.codec = checkpoint["codec"]
+    elif args.resume:
+        model, state = load_checkpoint(last, device)
+        if "optimizer" not in state:
+            raise CheckpointError(f"{last} holds a model but no training state: --resume needs the .last.pt file")
+        changed = [k for k, v in state["args"].items()
+                   if v != getattr(args, k) and any(a.split("=")[0] == f"--{k.replace('_', '-')}" for a in sys.argv)]
+        if changed:
+            sys.exit(f"error: --{changed[0].replace('_', '-')} differs from the run in {last} "
+                     f"({state['args'][changed[0]]}); --resume continues with the options it was started with")
+        vars(args).update(state["args"])
+    else:
+        for path in (out, last, log_path):
+            if path.exists() and not args.overwrite:
+                sys.exit(f"error: {path} exists: choose another --out, continue it with --resume, or discard it "
+                         "with --overwrite")
+        args.model = args.model or ("hybrid" if device.type == "cuda" else "nano")
+    if not args.eval:
+        try:
+            log = open(log_path, "a")                         # now, and not after an hour of work
+        except OSError as error:
+            sys.exit(f"error: cannot write {log_path} ({error.strerror}): choose another --out")
+
+    codec = load_codec(args.codec, device, args.codec_dir)
+    data = prepare(args.dataset, codec)
+    unigram = data.unigram_nll()
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+    if args.eval:
+        if checkpoint["codec_checksum"] != codec.checksum:
+            raise CheckpointError(f"{args.eval} was trained on codes of codec {checkpoint['codec']} "
+                                  f"{checkpoint['codec_checksum']}, the one here is {codec.checksum}")
+        figures, *_ = evaluate(model, data, args.batch_size, autocast)
+        print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name, **figures,
+                          "unigram_nll": unigram, "n_params": model.n_params()}))
+        return
+
+    # --- model, optimiser
+    torch.manual_seed(args.seed)
+    if state is None:
+        config = PRESETS[args.model]
+        config = type(config)(**{**vars(config), "dropout": args.dropout, "context": args.context or config.context})
+        model = HybridGPT(config)
+        model.set_mel_statistics(data.meta["mel_mean"], data.meta["mel_std"])
+        model.to(device)
+    model.train()
+    # decay pulls weights of matrix products towards zero; it has no business with embeddings
+    decayed = [p for name, p in model.named_parameters() if "embedding" not in name]
+    others = [p for name, p in model.named_parameters() if "embedding" in name]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
+                                   {"params": others, "weight_decay": 0.0}],
+                                  lr=args.lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    step, tokens_seen, seconds, best = 0, 0, 0.0, math.inf
+    if state is not None:
+        if state["codec_checksum"] != codec.checksum or state["data_key"] != data.key:
+            raise CheckpointError(f"{last} was trained on other data or another codec than are here now")
+        optimizer.load_state_dict(state["optimizer"])
+        step, tokens_seen, seconds, best = (state[k] for k in ("step", "tokens_seen", "seconds", "best"))
+        torch.set_rng_state(state["rng"].cpu())
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+    forward = torch.compile(model) if (device.type == "cuda" if args.compile is None else args.compile) else model
+
+    # --- the log: what a continued run is about to do again is dropped from it
+    kept = [line for line in log_path.read_text().splitlines() if state and json.loads(line)["step"] <= step]
+    log.truncate(0)
+    log.writelines(line + "\n" for line in kept)
+
+    def report(figures):
+        log.write(json.dumps(figures) + "\n")
+        log.flush()
+
+    n_params, context = model.n_params(), model.config.context
+    print(f"{args.model}: {n_params / 1e6:.2f} M parameters, context {context}, on {device} in {dtype}")
+    print(f"{args.dataset}: {data.meta['train_frames']:,} frames to train on, {data.meta['val_frames']:,} to "
+          f"validate, codec {codec.name}; {args.batch_size * context:,} targets a step at most")
+    print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
+          f"each code occurs {unigram:.3f}")
+    facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
+             "data_key": data.key}
+    report({"step": step, "args": vars(args), "n_params": n_params, **facts, "torch": torch.__version__})
+
+    stopped_by = []                                           # a signal ends the run after the step it falls into
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: stopped_by.append(n))
+
+    # --- the loop
+    start, tokens_logged, time_logged = time.time() - seconds, tokens_seen, time.time()
+    while True:
+        seconds = time.time() - start
+        if step % args.eval_every == 0 or step == args.steps:
+            figures, *_ = evaluate(model, data, args.batch_size, autocast)
+            report({"step": step, **figures, "unigram_nll": unigram, "n_params": n_params,
+                    "tokens_seen": tokens_seen, "seconds": round(seconds, 1)})
+            better = figures["val_nll"] < best
+            print(f"step {step:5d}  val NLL {figures['val_nll']:.4f}  perplexity {figures['val_ppl']:.1f}  accuracy "
+                  f"{100 * figures['val_acc']:.2f} %" + ("  (best so far)" if better and step else ""), flush=True)
+            if better:
+                best = figures["val_nll"]
+                save(out, to_checkpoint(model, step=step, val_nll=best, **facts))
+            time_logged, tokens_logged = time.time(), tokens_seen
+        if step % args.eval_every == 0 or step == args.steps or stopped_by:
+            content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
+                                    seconds=seconds, best=best, rng=torch.get_rng_state(), args=vars(args), **facts)
+            if device.type == "cuda":
+                content["cuda_rng"] = torch.cuda.get_rng_state()
+            save(last, content)
+        if step == args.steps:
+            break
+        if stopped_by:
+            print(f"stopped at step {step}; continue with: python train.py --resume --out {out}")
+            sys.exit(128 + stopped_by[0])
+
+        lr = learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        codes, mel, targets = (t.to(device) for t in data.batch(args.seed, step, args.batch_size, context))
+        n_targets, loss_sum = (targets != IGNORE).sum(), 0.0
+        for c, m, t in zip(*(x.chunk(args.accumulate) for x in (codes, mel, targets))):
+            with autocast:
+                _, loss = forward(c, m, t)
+            loss = loss * ((t != IGNORE).sum() / n_targets)   # the mean over the batch, not over its parts
+            loss.backward()
+            loss_sum += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        tokens_seen += n_targets.item()
+
+        if step % 20 == 0 or step == args.steps:
+            loss_value = loss_sum.item()                      # a CPU-GPU sync point, hence not every step
+            if not math.isfinite(loss_value):
+                sys.exit(f"error: the loss is {loss_value} at step {step}, learning rate {lr:.2e}; the last good "
+                         f"checkpoint is {last}; try a lower --lr")
+            rate = (tokens_seen - tokens_logged) / (time.time() - time_logged)
+            time_logged, tokens_logged = time.time(), tokens_seen
+            report({"step": step, "loss": loss_value, "lr": lr, "tokens_per_second": round(rate)})
+            print(f"step {step:5d}  loss {loss_value:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s", flush=True)
+
+    print(f"best validation NLL {best:.4f} nats ({unigram - best:.4f} below the unigram figure) in {out}; "
+          f"hear it with: python sample.py --ckpt {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, CodecError, DataError) as error:
+        sys.exit(f"error: {error}")

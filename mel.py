@@ -95,12 +95,13 @@ def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
     return wave.unfold(-1, n_fft, hop)[..., :n_frames, :]                                 # (..., T, n_fft)
 
 
-def log_mel_frames(frames, n_mels=N_MELS):
-    """Windows of samples to log-mel: (..., T, n_fft) -> (..., T, n_mels), natural log of power, floored at 1e-5."""
+def mel_power(frames, n_mels=N_MELS):
+    """Windows of samples to the power in each mel band: (..., T, n_fft) -> (..., T, n_mels)."""
+    if frames.numel() == 0:                    # some FFT libraries refuse an empty batch
+        return frames.new_zeros(*frames.shape[:-1], n_mels)
     window, filterbank = _constants(frames.shape[-1], n_mels, frames.device)
     spectrum = torch.fft.rfft(frames * window)                                            # (..., T, n_fft // 2 + 1)
-    power = spectrum.real.square() + spectrum.imag.square()
-    return (power @ filterbank).clamp(min=FLOOR).log()
+    return (spectrum.real.square() + spectrum.imag.square()) @ filterbank
 
 
 def log_mel(wave, lookahead=0):
@@ -112,7 +113,7 @@ def log_mel(wave, lookahead=0):
     """
     if wave.dim() not in (1, 2):
         raise ValueError(f"log_mel takes a waveform (N,) or (B, N), not a tensor of shape {tuple(wave.shape)}")
-    return log_mel_frames(frame(wave, lookahead=lookahead))
+    return mel_power(frame(wave, lookahead=lookahead)).clamp(min=FLOOR).log()
 
 
 class StreamingLogMel:
@@ -132,6 +133,6 @@ class StreamingLogMel:
         wave = torch.cat([self.tail, samples], dim=-1)
         n_frames = (wave.shape[-1] - (N_FFT - HOP)) // HOP
         self.tail = wave[..., n_frames * HOP:]
-        if n_frames == 0:
+        if n_frames == 0:                      # nothing to unfold
             return samples.new_zeros(*samples.shape[:-1], 0, N_MELS)
-        return log_mel_frames(wave.unfold(-1, N_FFT, HOP))
+        return mel_power(wave.unfold(-1, N_FFT, HOP)).clamp(min=FLOOR).log()

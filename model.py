@@ -10,8 +10,7 @@ The discrete side makes the output a distribution that can be sampled and scored
 coarse code has thrown away, without a single position more (Whisper-GPT, arXiv 2412.11449, figure 1). A token-only
 GPT and a mel-only model are this same class with one branch switched off.
 
-Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention and a squared-ReLU MLP
-(So et al., 2109.08668); no biases.
+Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention and a SiLU MLP; no biases.
 
     >>> model = HybridGPT(PRESETS["hybrid"])
     >>> logits, loss = model(codes, mel, targets)        # (B, K, T), (B, T, 80), (B, T) -> (B, T, 1024), scalar
@@ -58,21 +57,21 @@ PRESETS = {
 # ----------------------------------------------------------------------------- positions
 
 def rotary_angles(start, length, head_dim):
-    """cos and sin of position * frequency for `length` positions from `start`: two (length, 1, 1, head_dim / 2).
+    """What `rotate` multiplies by, for `length` positions from `start`: cos and signed sin, (2, length, head_dim).
 
-    In float64 and on the CPU, since positions keep counting for as long as one samples.
+    Channel i and channel i + D/2 form a pair that turns by position * 10000^(-2i/D). In float64 and on the CPU,
+    since positions keep counting for as long as one samples.
     """
     frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(start, start + length, dtype=torch.float64)[:, None] * frequency
-    angle = angle[:, None, None]
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)]).float()
 
 
 def rotate(x, rotary):
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle: (B, T, 2, H, D) -> the same, for q and k at once."""
+    """Turn each pair of channels of x (B, H, T, D) by its position's angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
     cos, sin = rotary
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
 
 # ----------------------------------------------------------------------------- the block
@@ -93,9 +92,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask=None, cache=None):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, C // self.head_dim, self.head_dim)
-        q, k = rotate(qkv[:, :, :2], rotary).transpose(1, 3).unbind(2)            # (B, H, T, D) each
-        v = qkv[:, :, 2].transpose(1, 2)
+        q, k, v = self.qkv(x).view(B, T, 3, C // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, rotary), rotate(k, rotary)                               # (B, H, T, D) each
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and cache is None)
@@ -114,7 +112,7 @@ class Block(nn.Module):
 
     def forward(self, x, *context):
         x = x + self.drop(self.attention(norm(x), *context))
-        return x + self.drop(self.proj(F.relu(self.up(norm(x))).square()))
+        return x + self.drop(self.proj(F.silu(self.up(norm(x)))))
 
     def drop(self, x):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -206,7 +204,7 @@ class HybridGPT(nn.Module):
         if start + T <= context:
             rotary = self.rotary[:, start:start + T]
         else:
-            rotary = rotary_angles(start, T, self.rotary.shape[-1] * 2).to(codes.device)
+            rotary = rotary_angles(start, T, self.rotary.shape[-1]).to(codes.device)
         mask = None
         if T > context:                                                           # each position sees `context`
             mask = torch.ones(T, T, dtype=torch.bool, device=codes.device).tril().triu(1 - context)

@@ -174,9 +174,6 @@ class Codec:
         n_codebooks: the first so many; all of them by default. Samples after the last whole frame are dropped.
         Raises CodecError for another shape, non-finite samples or a number of codebooks the codec does not have.
         """
-        n_codebooks = self.n_codebooks if n_codebooks is None else n_codebooks
-        if not 1 <= n_codebooks <= self.n_codebooks:
-            raise CodecError(f"codec {self.name} has 1 to {self.n_codebooks} codebooks, not {n_codebooks}")
         if wave.dim() != 2:
             raise CodecError(f"encode takes a waveform (B, N), not a tensor of shape {tuple(wave.shape)}")
         if not wave.isfinite().all():
@@ -195,11 +192,17 @@ class Codec:
         return self.stream_decoder().push(codes.to(self.device))
 
     def stream_encoder(self, n_codebooks=None):
-        """A fresh `StreamEncoder` for one clip (or one batch of clips of equal length)."""
-        return StreamEncoder(self, n_codebooks or self.n_codebooks)
+        """A fresh `StreamEncoder` for one clip (or one batch of clips of equal length), on the codec's device.
+
+        n_codebooks: the first so many, all by default. Raises CodecError if the codec does not have so many.
+        """
+        n_codebooks = self.n_codebooks if n_codebooks is None else n_codebooks
+        if not 1 <= n_codebooks <= self.n_codebooks:
+            raise CodecError(f"codec {self.name} has 1 to {self.n_codebooks} codebooks, not {n_codebooks}")
+        return StreamEncoder(self, n_codebooks)
 
     def stream_decoder(self):
-        """A fresh `StreamDecoder` for one clip (or one batch of clips)."""
+        """A fresh `StreamDecoder` for one clip (or one batch of clips), on the codec's device."""
         return StreamDecoder(self)
 
 
@@ -224,13 +227,17 @@ def load_codec(name="mini", device="cpu", folder=None):
     """
     if name == "encodec":
         return _load_encodec(device, folder)
+    if folder:
+        raise CodecError(f"a folder of weights goes with codec encodec, not with '{name}'")
     path = MINI if name == "mini" else Path(name)
+    if name == "mini" and not path.is_file():
+        raise CodecError(f"the bundled codec {path} is missing: restore it with `git checkout assets/mini.pt`")
     if not path.is_file():
         raise CodecError(f"no codec '{name}': use mini, encodec, or a file written by assets/train_codec.py")
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()
     if name == "mini" and checksum != MINI_SHA256:
         raise CodecError(f"{path} is not the codec this version was made with (SHA-256 {checksum[:12]}…, expected "
-                         f"{MINI_SHA256[:12]}…): restore it with `git checkout {path.name}`")
+                         f"{MINI_SHA256[:12]}…): restore it with `git checkout assets/mini.pt`")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = build_mini(**saved["config"])
@@ -248,14 +255,22 @@ def load_codec(name="mini", device="cpu", folder=None):
 def _load_encodec(device, folder):
     """Meta's weights through the package: its download, cache and checksum, or a local folder."""
     where = Path(folder) / ENCODEC_FILE if folder else encodec.model.ROOT_URL + ENCODEC_FILE
+    checksum = ENCODEC_FILE.split("-")[1].split(".")[0]       # the package checks it, but not of a cached download
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_FILE
     try:
         if folder and not where.is_file():
             raise FileNotFoundError("no such file")
+        if not folder and cached.is_file():
+            if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(checksum):
+                raise CodecError(f"the cached download {cached} is damaged: delete it and try again")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = EncodecModel.encodec_model_24khz(repository=Path(folder) if folder else None)
+    except CodecError:
+        raise
     except Exception as error:       # network, disk, checksum, unpickling: all mean that the weights cannot be had
-        raise CodecError(f"cannot load EnCodec's weights from {where} ({type(error).__name__}: {error}); fetch "
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CodecError(f"cannot load EnCodec's weights from {where} ({reason}); fetch "
                          f"{encodec.model.ROOT_URL}{ENCODEC_FILE} on a machine with network and pass --codec-dir "
                          "FOLDER, or use --codec mini") from error
-    return Codec(model, "encodec", ENCODEC_FILE.split("-")[1].split(".")[0], device)
+    return Codec(model, "encodec", checksum, device)

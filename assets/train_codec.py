@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from mel import SAMPLE_RATE, frame, log_mel, log_mel_frames
+from mel import SAMPLE_RATE, frame, mel_power
 from tokens import CODEBOOK_SIZE, HOP, build_mini
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the loss
@@ -82,6 +82,28 @@ def batch(train, rng, batch_size, n_samples):
         gain = 10 ** (rng.uniform(-12, 3) / 20) * rng.choice([-1, 1])
         rows.append(np.pad(crop, (0, n_samples - len(crop))) * gain)
     return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp(-1, 1)
+
+
+@torch.no_grad()
+def initialise(model, wave):
+    """Scale every convolution so that its output has variance 1 on this batch, the last one so that it is as loud.
+
+    PyTorch's default shrinks a signal at each of the twenty layers until nothing of the input reaches the output, and
+    training starts with a long plateau. Source: data-dependent initialisation, Salimans & Kingma 2016 (1602.07868).
+    """
+    def rescale(conv, _, out):
+        std = out.std() / (wave.std() if conv is last else 1)
+        conv.weight_g /= std
+        if conv.bias is not None:
+            conv.bias /= std
+        return out / std
+
+    convolutions = [m for m in model.modules() if hasattr(m, "weight_g")]
+    last = model.decoder.model[-1].conv.conv
+    hooks = [conv.register_forward_hook(rescale) for conv in convolutions]
+    model.decoder(model.encoder(wave[:, None]))
+    for hook in hooks:
+        hook.remove()
 
 
 # ----------------------------------------------------------------------------- quantiser
@@ -152,12 +174,21 @@ def update_codebook(book, x, index):
 
 # ----------------------------------------------------------------------------- losses and measures
 
+def soft_log_mel(wave, n_fft=1024, n_mels=80):
+    """log(power + 0.01): as the log-mel, but about 40 dB below a voice it fades out instead of going on.
+
+    The slope of log(power) is largest where there is almost nothing to hear. With the model's own floor of 1e-5 the
+    pauses outvote the speech, and training stays for thousands of steps where the average spectrum is all it knows.
+    """
+    return (mel_power(frame(wave, n_fft, n_fft // 4), n_mels) + 0.01).log()
+
+
 def reconstruction_loss(out, wave):
     """Mean over window lengths of L1 + L2 between log-mels, plus the waveform's L1 relative to its level."""
     loss = 0.0
     for n_fft, n_mels in SCALES:
-        a, b = (log_mel_frames(frame(x, n_fft, n_fft // 4), n_mels) for x in (out, wave))
-        loss = loss + ((a - b).abs().mean() + (a - b).square().mean(2).add(1e-6).sqrt().mean()) / len(SCALES)
+        difference = soft_log_mel(out, n_fft, n_mels) - soft_log_mel(wave, n_fft, n_mels)
+        loss = loss + (difference.abs().mean() + difference.square().mean(2).add(1e-6).sqrt().mean()) / len(SCALES)
     return loss + ((out - wave).abs().mean(1) / (wave.abs().mean(1) + 1e-2)).mean()
 
 
@@ -170,8 +201,8 @@ def measure(model, held_out, phase, device, n_clips=12, seconds=4):
         clips = [w[:seconds * SAMPLE_RATE] for w in waves if len(w) >= seconds * SAMPLE_RATE][:n_clips]
         wave = torch.from_numpy(np.stack(clips).astype(np.float32) / 32768).to(device)
         latents = model.encoder(wave[:, None])
-        target = log_mel(wave)
-        distance = lambda z: round((log_mel(model.decoder(z)[:, 0]) - target).abs().mean().item(), 3)
+        target = soft_log_mel(wave)
+        distance = lambda z: round((soft_log_mel(model.decoder(z)[:, 0]) - target).abs().mean().item(), 3)
         report[name] = {"unquantised": distance(latents)}
         if phase == 2:
             codes = model.quantizer.vq.encode(latents)                    # (K, B, T)
@@ -211,10 +242,10 @@ def main():
     parser.add_argument("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
     parser.add_argument("--minutes", type=float, default=60, help="of training, k-means and measuring included")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=32, help="length of a training crop, 1/75 s each")
+    parser.add_argument("--frames", type=int, default=48, help="length of a training crop, 1/75 s each")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--commitment", type=float, default=0.25, help="weight of the commitment loss")
-    parser.add_argument("--n-filters", type=int, default=16)
+    parser.add_argument("--n-filters", type=int, default=8)
     parser.add_argument("--dimension", type=int, default=128, help="of the latents")
     parser.add_argument("--lstm", type=int, default=2, help="layers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -231,6 +262,7 @@ def main():
     model = build_mini(**config, norm="weight_norm").to(args.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.8, 0.99), weight_decay=0.0)
+    initialise(model, batch(train, np.random.default_rng(args.seed), 16, SAMPLE_RATE).to(args.device))
     averaged = [p.detach().clone() for p in parameters]       # moving average of the weights: what is measured
     step, spent, phase, start = 0, 0.0, 1, time.time()
     if args.resume:

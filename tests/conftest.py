@@ -1,0 +1,50 @@
+"""conftest.py: what all tests share. `python -m pytest` from the repository root runs them all."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tokens                                                      # noqa: E402  (needs the path above)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers_whatever_ran_before():
+    torch.set_num_threads(2)
+    torch.manual_seed(1)
+
+
+@torch.no_grad()
+def liven(model):
+    """Make a random codec listen, and fill its codebooks with normal vectors as wide as what reaches them.
+
+    Fresh weights shrink a signal layer by layer until only the biases are left: without, and a little larger, the
+    latents follow the audio. Then neighbouring codes differ, and a change in the audio changes them.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.mul_(0 if "bias" in name else 3 ** 0.5)
+    residual = model.encoder(0.3 * torch.randn(1, 1, 100 * tokens.HOP))[0].T       # (100, C)
+    for layer in model.quantizer.vq.layers:
+        embed = layer._codebook.embed                                               # (1024, C)
+        embed.copy_(residual.mean(0) + 0.5 * residual.std(0) * torch.randn(embed.shape))
+        layer._codebook.inited.fill_(1)
+        residual = residual - embed[layer._codebook.encode(residual)]
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_codec_file(tmp_path_factory):
+    """A codec file in the format of assets/train_codec.py, weights random: its codes vary, and decode to noise."""
+    torch.manual_seed(1)
+    config = dict(n_filters=4, dimension=16, lstm=1)
+    model = liven(tokens.build_mini(**config))
+    path = tmp_path_factory.mktemp("codec") / "tiny.pt"
+    torch.save({"config": config, "weights": {key: value.half() for key, value in model.state_dict().items()}}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_codec(tiny_codec_file):
+    return tokens.load_codec(str(tiny_codec_file))

@@ -1,0 +1,363 @@
+"""
+python -m pytest tests/test_data.py
+
+Preparing a dataset, splitting it, and cutting batches from it.
+"""
+import json
+import math
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+
+import data
+from data import IGNORE, START, DataError, Dataset, prepare, read_audio, split_clips
+from mel import HOP, SAMPLE_RATE, log_mel
+
+
+def noise(seconds, rate=SAMPLE_RATE, channels=1, seed=0):
+    """Noise that swells and fades, (n, channels)."""
+    n = round(seconds * rate)
+    swell = np.sin(np.arange(n) / rate * 7 + seed) ** 2
+    return 0.2 * swell[:, None] * np.random.default_rng(seed).standard_normal((n, channels)).clip(-4, 4)
+
+
+def clips(folder, n=4, seconds=1.0):
+    """A folder of n short recordings, a.wav, b.wav and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        soundfile.write(folder / f"{'abcdefgh'[i]}.wav", noise(seconds + i / 10, seed=i), SAMPLE_RATE)
+    return folder
+
+
+def codec_whose_encoder(tiny_codec, stream_encoder):
+    """The tiny codec to `prepare`, but for what it does when a clip begins."""
+    return SimpleNamespace(name=tiny_codec.name, checksum=tiny_codec.checksum, n_codebooks=tiny_codec.n_codebooks,
+                           device=tiny_codec.device, stream_encoder=stream_encoder)
+
+
+def numbered(home, lengths, val):
+    """A Dataset without audio in which row i has the code i and a mel frame full of i."""
+    home.mkdir()
+    ends = np.cumsum(lengths)
+    rows = np.arange(ends[-1])
+    assert len(rows) <= START                                 # so that every row is known by its code
+    np.save(home / "codes.npy", np.stack([rows, rows * 0], axis=1).astype(np.uint16))
+    np.save(home / "mel.npy", np.repeat(rows[:, None], 80, axis=1).astype(np.float16))
+    np.save(home / "clips.npy", np.stack([ends - lengths, ends], axis=1))
+    (home / "meta.json").write_text(json.dumps({"clips": [{"name": str(i), "val": v} for i, v in enumerate(val)]}))
+    return Dataset(home)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Clips shorter than, equal to and longer than a context of 32, three of them for validation."""
+    lengths = [100, 7, 32, 33, 300, 5, 150, 64]
+    return numbered(tmp_path_factory.mktemp("numbered") / "mixed", lengths,
+                    [False, False, False, False, False, True, True, True])
+
+
+def clip_of(dataset, row):
+    return next((start, end) for start, end in [*dataset.train, *dataset.val] if start <= row < end)
+
+
+# ----------------------------------------------------------------------------- what lies on disk
+
+def test_codes_and_mel_on_disk_are_those_of_the_whole_clip(tmp_path, tiny_codec):
+    dataset = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True)
+    rows = np.load(tmp_path / "cache" / dataset.key / "clips.npy")
+    assert [clip["name"] for clip in dataset.meta["clips"]] == ["a.wav", "b.wav", "c.wav", "d.wav"]
+    for name, (start, end) in zip("abcd", rows):
+        wave = torch.from_numpy(soundfile.read(tmp_path / "in" / f"{name}.wav", dtype="float32")[0])
+        assert end - start == len(wave) // HOP
+        codes = tiny_codec.encode(wave[None])[0].T
+        assert np.array_equal(dataset.codes[start:end], codes.numpy()), name
+        np.testing.assert_allclose(dataset.mel[start:end], log_mel(wave).numpy(), rtol=1e-3, atol=1e-3)
+    assert len(np.unique(dataset.codes[:, 0])) > 5, "the tiny codec must tell frames apart for this to mean anything"
+
+
+def test_a_long_file_is_encoded_in_pieces_as_if_in_one(tmp_path, tiny_codec):
+    clips(tmp_path / "in", n=1, seconds=23.456)
+    dataset = prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    wave = torch.from_numpy(soundfile.read(tmp_path / "in" / "a.wav", dtype="float32")[0])
+    codes = tiny_codec.encode(wave[None])[0].T.numpy()
+    assert dataset.codes.shape == codes.shape
+    assert (dataset.codes == codes).mean() > 0.999            # a rounding may tip a nearest neighbour
+    np.testing.assert_allclose(dataset.mel, log_mel(wave).numpy(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix, rate, channels", [
+    ("wav", 24000, 1), ("flac", 24000, 1), ("ogg", 24000, 1), ("mp3", 24000, 1), ("WAV", 24000, 2),
+    ("wav", 48000, 8), ("flac", 8000, 1), ("mp3", 44100, 2), ("wav", 192000, 2), ("aiff", 11025, 1)])
+def test_any_format_rate_and_number_of_channels_gives_75_frames_a_second(tmp_path, tiny_codec, suffix, rate,
+                                                                          channels):
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / f"clip.{suffix}", noise(1.5, rate, channels), rate)
+    dataset = prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    duration = 1.5 + 0.1 * (suffix == "mp3")                  # mp3 codes whole blocks and may pad
+    assert 1.5 * 75 - 1 <= len(dataset.codes) <= duration * 75 + 1
+    assert len(dataset.mel) == len(dataset.codes)
+
+
+@pytest.mark.parametrize("rate, seconds", [(44100, 1.7), (8000, 25.3), (48000, 21.0), (24000, 12.0)])
+def test_reading_in_pieces_equals_resampling_the_whole(tmp_path, rate, seconds):
+    wave = noise(seconds, rate, channels=2)
+    soundfile.write(tmp_path / "clip.wav", wave, rate, subtype="FLOAT")
+    pieces = list(read_audio(tmp_path / "clip.wav"))
+    whole = soxr.resample(wave.astype(np.float32).mean(axis=1), rate, SAMPLE_RATE)
+    assert max(map(len, pieces)) <= 11 * SAMPLE_RATE
+    assert len(pieces) > seconds // 10
+    got = np.concatenate(pieces)
+    assert len(got) == len(whole) and got.dtype == np.float32
+    np.testing.assert_allclose(got, whole, atol=1e-5)
+
+
+def test_the_mel_statistics_are_numpys_over_the_training_frames(tmp_path, tiny_codec):
+    dataset = prepare(clips(tmp_path / "in", n=5), tiny_codec, tmp_path / "cache", quiet=True)
+    assert len(dataset.val) >= 1
+    frames = np.concatenate([dataset.mel[a:b] for a, b in dataset.train]).astype(np.float64)
+    np.testing.assert_allclose(dataset.meta["mel_mean"], frames.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(dataset.meta["mel_std"], frames.std(0), rtol=1e-6)
+    assert dataset.meta["train_frames"] == len(frames)
+    assert dataset.meta["val_frames"] == len(dataset.codes) - len(frames)
+
+
+def test_silence_does_not_give_a_standard_deviation_of_zero(tmp_path, tiny_codec):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        soundfile.write(tmp_path / "in" / f"{name}.wav", np.zeros(24000), SAMPLE_RATE)
+    dataset = prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    assert min(dataset.meta["mel_std"]) > 0
+
+
+# ----------------------------------------------------------------------------- files that cannot be used
+
+def test_unusable_files_are_skipped_and_named_in_one_line(tmp_path, tiny_codec, capsys):
+    folder = clips(tmp_path / "in", n=3)
+    (folder / "text.wav").write_text("this is not audio")
+    soundfile.write(folder / "empty.wav", np.zeros(0), SAMPLE_RATE)
+    spoilt = noise(1.0)
+    spoilt[20_000] = np.nan
+    soundfile.write(folder / "nan.wav", spoilt, SAMPLE_RATE, subtype="FLOAT")
+    late = noise(12.0)                                        # spoilt after a piece is written already
+    late[-5] = np.inf
+    soundfile.write(folder / "b-late.wav", late, SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(folder / "short.wav", noise(0.01), SAMPLE_RATE)
+    (folder / "notes.txt").write_text("not audio, and does not claim to be")
+    dataset = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "skipped 5 of 8 files" in lines[0]
+    assert all(name in lines[0] for name in ("text.wav", "empty.wav", "nan.wav", "b-late.wav", "short.wav"))
+    assert "NaN" in lines[0] and "shorter than one frame" in lines[0] and "notes" not in lines[0]
+    assert len(dataset.meta["skipped"]) == 5
+
+    clean = prepare(clips(tmp_path / "clean", n=3), tiny_codec, tmp_path / "cache", quiet=True)
+    assert np.array_equal(dataset.codes, clean.codes) and np.array_equal(dataset.mel, clean.mel)
+
+
+def test_a_folder_with_nothing_usable_is_an_error(tmp_path, tiny_codec):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "text.wav").write_text("this is not audio")
+    with pytest.raises(DataError, match="nothing usable"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_empty_folder_is_an_error(tmp_path, tiny_codec):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(DataError, match="no audio files"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache")
+
+
+def test_a_mistyped_name_is_an_error_that_lists_the_bundled_datasets(tmp_path, tiny_codec):
+    with pytest.raises(DataError, match="speeech.*speech.*music") as caught:
+        prepare("speeech", tiny_codec, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_holds_the_cache_is_refused(tiny_codec):
+    with pytest.raises(DataError, match="cache"):
+        prepare(data.CACHE.parent, tiny_codec)
+
+
+# ----------------------------------------------------------------------------- the cache
+
+def test_a_second_preparation_encodes_nothing(tmp_path, tiny_codec):
+    folder = clips(tmp_path / "in")
+    first = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
+    home = tmp_path / "cache" / first.key
+    times = [(p.name, p.stat().st_mtime_ns) for p in sorted(home.iterdir())]
+
+    def encoder():
+        raise AssertionError("encoded again")
+    again = prepare(folder, codec_whose_encoder(tiny_codec, encoder), tmp_path / "cache", quiet=True)
+    assert again.key == first.key
+    assert [(p.name, p.stat().st_mtime_ns) for p in sorted(home.iterdir())] == times
+
+
+def test_touching_or_adding_a_file_or_another_codec_makes_another_cache(tmp_path, tiny_codec):
+    folder, cache = clips(tmp_path / "in", n=2, seconds=0.5), tmp_path / "cache"
+    keys = [prepare(folder, tiny_codec, cache, quiet=True).key]
+    other = codec_whose_encoder(tiny_codec, tiny_codec.stream_encoder)
+    other.checksum = "another"
+    keys.append(prepare(folder, other, cache, quiet=True).key)
+    os.utime(folder / "a.wav", ns=(1, 1))
+    keys.append(prepare(folder, tiny_codec, cache, quiet=True).key)
+    soundfile.write(folder / "z.wav", noise(0.5), SAMPLE_RATE)
+    keys.append(prepare(folder, tiny_codec, cache, quiet=True).key)
+    assert len(set(keys)) == 4
+    assert sorted(p.name for p in cache.iterdir()) == sorted(keys)
+
+
+def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_works(tmp_path, tiny_codec):
+    folder, cache, begun = clips(tmp_path / "in"), tmp_path / "cache", []
+
+    def encoder():
+        begun.append(1)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return tiny_codec.stream_encoder()
+    with pytest.raises(KeyboardInterrupt):
+        prepare(folder, codec_whose_encoder(tiny_codec, encoder), cache, quiet=True)
+    assert list(cache.iterdir()) == []
+    dataset = prepare(folder, tiny_codec, cache, quiet=True)
+    assert len(dataset.meta["clips"]) == 4 and [p.name for p in cache.iterdir()] == [dataset.key]
+
+
+def test_a_cache_without_its_meta_file_counts_as_unfinished(tmp_path, tiny_codec):
+    folder, cache = clips(tmp_path / "in"), tmp_path / "cache"
+    home = cache / prepare(folder, tiny_codec, cache, quiet=True).key
+    (home / "meta.json").unlink()
+    (home / "codes.npy").write_bytes(b"half a file")
+    assert len(prepare(folder, tiny_codec, cache, quiet=True).codes) > 300
+
+
+def test_nothing_is_written_into_the_users_folder(tmp_path, tiny_codec):
+    folder = clips(tmp_path / "in")
+    before = [(p.name, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())], folder.stat().st_mtime_ns
+    prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
+    assert ([(p.name, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())], folder.stat().st_mtime_ns) == before
+
+
+# ----------------------------------------------------------------------------- the split
+
+def test_about_a_tenth_of_many_files_validates():
+    share = np.mean(split_clips([f"some/{i}.wav" for i in range(500)]))
+    assert 0.07 < share < 0.13
+
+
+def test_adding_files_moves_no_other_file_to_the_other_side():
+    names = [f"{i}.flac" for i in range(300)]
+    few, many = split_clips(names), split_clips([f"new/{i}.wav" for i in range(200)] + names)
+    assert many[200:] == few
+
+
+def test_two_files_give_one_of_each_side_whatever_their_names():
+    assert all(sorted(split_clips([f"a{i}", f"b{i}"])) == [False, True] for i in range(200))
+
+
+def test_top_level_folders_train_and_val_decide_the_split(tmp_path, tiny_codec):
+    clips(tmp_path / "in" / "train", n=2)
+    clips(tmp_path / "in" / "val" / "deeper", n=3)
+    dataset = prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    assert [(c["name"].split("/")[0], c["val"]) for c in dataset.meta["clips"]] == \
+        [("train", False)] * 2 + [("val", True)] * 3
+    assert len(dataset.train) == 2 and len(dataset.val) == 3
+
+
+def test_the_last_tenth_of_a_single_file_validates_and_a_warning_says_so(tmp_path, tiny_codec, capsys):
+    dataset = prepare(clips(tmp_path / "in", n=1, seconds=4.0), tiny_codec, tmp_path / "cache", quiet=True)
+    assert dataset.train.tolist() == [[0, 270]] and dataset.val.tolist() == [[270, 300]]
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning:") and "a.wav" in warning and len(warning.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------- training batches
+
+def test_a_batch_is_a_pure_function_of_seed_and_step(mixed, tmp_path):
+    twin = numbered(tmp_path / "twin", [100, 7, 32, 33, 300, 5, 150, 64], [False] * 5 + [True] * 3)
+    twin.batch(seed=5, step=9, batch_size=3, context=8)       # what was asked before must not matter
+    same = zip(mixed.batch(1, 2, 8, 32), twin.batch(1, 2, 8, 32))
+    assert all(torch.equal(a, b) for a, b in same)
+    assert not torch.equal(mixed.batch(1, 2, 8, 32)[2], mixed.batch(1, 3, 8, 32)[2])
+    assert not torch.equal(mixed.batch(1, 2, 8, 32)[2], mixed.batch(2, 2, 8, 32)[2])
+    assert not torch.equal(mixed.batch(1, 2, 8, 32)[2], mixed.batch(2, 1, 8, 32)[2])
+
+
+def test_inputs_are_the_targets_one_frame_behind_and_windows_stay_inside_their_clip(mixed):
+    started, drawn = set(), set()
+    for step in range(60):
+        codes, mel, targets = mixed.batch(0, step, 8, 32)
+        assert codes.shape == (8, 1, 32) and mel.shape == (8, 32, 80) and targets.shape == (8, 32)
+        for c, m, t in zip(codes[:, 0].tolist(), mel, targets.tolist()):
+            n = 32 - t.count(IGNORE)
+            start, end = clip_of(mixed, t[0])
+            assert [start, end] in mixed.train.tolist()
+            assert t[:n] == list(range(t[0], t[0] + n)) and t[n - 1] < end        # rows in order, of one clip
+            assert t[n:] == [IGNORE] * (32 - n)
+            assert n == min(32, end - start)                  # a clip shorter than the context is used whole
+            assert c[1:n] == t[:n - 1]
+            assert c[0] == (START if t[0] == start else t[0] - 1)                 # START exactly at clip starts
+            shown = [code if code != START else 0 for code in c[:n]]
+            assert torch.equal(m[:n], torch.tensor(shown, dtype=torch.float)[:, None].expand(n, 80))
+            drawn.update(t[:n])
+            started.add(start if c[0] == START else None)
+    assert started == {None, *mixed.train[:, 0]}              # every clip's beginning came up, and middles too
+    assert drawn == {row for start, end in mixed.train for row in range(start, end)}      # and every frame
+
+
+# ----------------------------------------------------------------------------- validation
+
+def scored(dataset, context, batch_size):
+    """[(row of the target, its position in the window, the window's first code, clip)] in order."""
+    out = []
+    for codes, mel, targets, clip in dataset.validation(context, batch_size):
+        for b, p in (targets != IGNORE).nonzero().tolist():
+            out.append((targets[b, p].item(), p, codes[b, 0, 0].item(), clip[b].item()))
+    return out
+
+
+@pytest.mark.parametrize("context", [2, 8, 32, 64, 300])
+def test_validation_scores_every_target_of_every_clip_once(mixed, context):
+    rows = [s[0] for s in scored(mixed, context, 4)]
+    assert sorted(rows) == [row for start, end in mixed.val for row in range(start, end)]
+
+
+def test_validation_scores_nothing_with_less_than_half_a_context_except_at_a_clips_start(mixed):
+    for row, position, first_code, clip in scored(mixed, 32, 4):
+        start, end = mixed.val[clip]
+        assert start <= row < end                             # the clip named is the target's
+        if first_code == START:
+            assert row == start + position
+        else:
+            assert position >= 16
+
+
+def test_validation_windows_are_the_same_for_any_batch_size_and_every_time(mixed):
+    def windows(batch_size):
+        return [torch.cat(parts) for parts in zip(*mixed.validation(32, batch_size))]
+    first = windows(4)
+    for batch_size in (4, 1, 100):
+        assert all(torch.equal(a, b) for a, b in zip(first, windows(batch_size)))
+
+
+def test_validation_inputs_are_the_targets_one_frame_behind(mixed):
+    for codes, mel, targets, _ in mixed.validation(32, 4):
+        for c, m, t in zip(codes[:, 0], mel, targets):
+            for p in (t != IGNORE).nonzero()[:, 0].tolist():
+                at_start = t[p].item() in mixed.val[:, 0]
+                assert c[p].item() == (START if at_start else t[p].item() - 1)
+                assert at_start or (m[p] == t[p] - 1).all()
+
+
+def test_the_unigram_figure_is_add_one_cross_entropy(tmp_path, tiny_codec):
+    dataset = prepare(clips(tmp_path / "in", n=5), tiny_codec, tmp_path / "cache", quiet=True)
+    train = [int(c) for a, b in dataset.train for c in dataset.codes[a:b, 0]]
+    val = [int(c) for a, b in dataset.val for c in dataset.codes[a:b, 0]]
+    plain = -sum(math.log((train.count(c) + 1) / (len(train) + 1024)) for c in val) / len(val)
+    assert abs(dataset.unigram_nll() - plain) < 1e-9

@@ -1,0 +1,227 @@
+"""
+python -m pytest tests/test_mel.py
+
+The log-mel equals other people's, looks exactly as far as it says, and is the same whole or in pieces. librosa's
+figures are in mel_reference.npz, made by make_mel_reference.py.
+"""
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mel
+from mel import (FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, StreamingLogMel, frame, hann_window, hz_to_mel, log_mel,
+                 mel_filterbank, mel_to_hz)
+
+REFERENCE = np.load(Path(__file__).with_name("mel_reference.npz"))
+
+
+def random_wave(*shape):
+    return 0.3 * torch.randn(*shape)
+
+
+def changed_frames(wave, start, stop, lookahead=0):
+    """Which frames notice that samples [start, stop) become others."""
+    other = wave.clone()
+    other[start:stop] = random_wave(len(other[start:stop]))
+    changed = (log_mel(wave, lookahead) != log_mel(other, lookahead)).any(-1)
+    return changed.nonzero().flatten().tolist()
+
+
+def pieces(wave, cuts):
+    """wave[..., N] cut at the given sample positions."""
+    bounds = [0, *sorted(cuts), wave.shape[-1]]
+    return [wave[..., a:b] for a, b in zip(bounds, bounds[1:])]
+
+
+# ----------------------------------------------------------------------------- the numbers
+
+def test_log_mel_equals_torch_stft_of_the_same_frames():
+    wave = random_wave(2, 20 * HOP + 17)
+    padded = torch.cat([torch.zeros(2, N_FFT - HOP), wave], dim=-1)
+    window = torch.hann_window(N_FFT, periodic=True)
+    spectrum = torch.stft(padded, N_FFT, HOP, window=window, center=False, return_complex=True)     # (2, 513, T)
+    expected = (spectrum.abs().square().mT @ mel_filterbank()).clamp(min=FLOOR).log()
+    assert log_mel(wave).shape == expected.shape == (2, 20, N_MELS)
+    assert (log_mel(wave) - expected).abs().max() < 1e-4
+
+
+def test_log_mel_equals_librosa_of_the_same_frames():
+    expected = torch.from_numpy(REFERENCE["log_mel"])
+    ours = log_mel(torch.from_numpy(REFERENCE["wave"]))
+    assert ours.shape == expected.shape
+    assert expected.min() > math.log(FLOOR)                # no figure agrees only because both are at the floor
+    assert (ours - expected).abs().max() < 1e-4
+
+
+def test_filterbank_equals_librosas_slaney_filterbank():
+    filterbank, expected = mel_filterbank(), torch.from_numpy(REFERENCE["filterbank"])
+    assert filterbank.shape == expected.shape == (N_FFT // 2 + 1, N_MELS)
+    assert (filterbank - expected).abs().max() < 1e-5
+    assert (filterbank - expected).abs().max() < 1e-5 * expected.max()      # its largest weight is only 0.03
+
+
+def test_mel_scale_is_librosas_and_its_inverse_undoes_it():
+    hz = torch.linspace(0, 12_000, 1000, dtype=torch.float64)
+    assert (mel_to_hz(hz_to_mel(hz)) - hz).abs().max() < 1e-8
+    assert hz_to_mel(torch.tensor([200.0, 1000.0, 6400.0]).double()).tolist() == pytest.approx([3, 15, 42])
+
+
+def test_log_mel_is_a_fourier_transform_written_as_a_matrix_product():
+    wave = random_wave(8 * HOP)
+    k, n = torch.arange(N_FFT // 2 + 1).double()[:, None], torch.arange(N_FFT).double()
+    angle = 2 * math.pi * k * n / N_FFT                                                             # (513, 1024)
+    windowed = frame(wave).double() * hann_window(N_FFT).double()
+    power = (windowed @ angle.cos().T).square() + (windowed @ angle.sin().T).square()
+    expected = (power @ mel_filterbank().double()).clamp(min=FLOOR).log()
+    assert (log_mel(wave) - expected).abs().max() < 1e-4
+
+
+def test_hann_window_is_periodic_and_its_half_shifted_copies_add_up_to_one():
+    window = hann_window(N_FFT)
+    assert (window - torch.hann_window(N_FFT, periodic=True)).abs().max() < 1e-6
+    assert (window - torch.hann_window(N_FFT, periodic=False)).abs().max() > 1e-4
+    assert (window[: N_FFT // 2] + window[N_FFT // 2:] - 1).abs().max() < 1e-6
+
+
+def test_silence_is_the_floor_in_every_band():
+    assert (log_mel(torch.zeros(2, 10 * HOP)) - math.log(1e-5)).abs().max() < 1e-6
+
+
+def test_a_tone_of_1_khz_peaks_in_the_band_centred_nearest_to_1_khz():
+    edges = mel_to_hz(torch.linspace(0, hz_to_mel(torch.tensor(12_000.0)).item(), N_MELS + 2))
+    nearest = (edges[1:-1] - 1000).abs().argmin()
+    tone = 0.5 * torch.sin(2 * math.pi * 1000 * torch.arange(20 * HOP) / SAMPLE_RATE)
+    interior = log_mel(tone)[4:]                           # earlier windows hold some of the zeros before the start
+    assert (interior.argmax(-1) == nearest).all()
+
+
+# ----------------------------------------------------------------------------- when a frame looks
+
+@pytest.mark.parametrize("t", [0, 1, 2, 3, 10])
+def test_no_frame_sees_a_sample_of_a_later_frame(t):
+    wave = random_wave(20 * HOP)
+    assert min(changed_frames(wave, (t + 1) * HOP, len(wave))) == t + 1
+
+
+@pytest.mark.parametrize("t", [0, 1, 2, 3, 10])
+def test_a_frame_sees_its_own_last_samples(t):
+    wave = random_wave(20 * HOP)
+    end = (t + 1) * HOP
+    assert min(changed_frames(wave, end - 40, end)) == t                  # 40: the window is near zero at its end
+    frames = frame(wave)
+    assert torch.equal(frames[t, -HOP:], wave[t * HOP: end])              # without a window, to the very last one
+
+
+def test_a_frame_sees_1024_samples_and_none_before():
+    wave = random_wave(20 * HOP)
+    assert torch.equal(frame(wave)[10], wave[11 * HOP - N_FFT: 11 * HOP])
+    assert torch.equal(frame(wave)[0, :-HOP], torch.zeros(N_FFT - HOP))
+    assert max(changed_frames(wave, 0, 11 * HOP - N_FFT)) == 9
+
+
+@pytest.mark.parametrize("lookahead", [0, 192, 352, 512, 704])
+def test_lookahead_sees_exactly_that_many_samples_of_the_future(lookahead):
+    wave = random_wave(20 * HOP)
+    for t in (0, 1, 5):
+        end = (t + 1) * HOP + lookahead
+        assert min(changed_frames(wave, end, len(wave), lookahead)) == t + 1
+        assert t in changed_frames(wave, end - 40, end, lookahead)
+        assert frame(wave, lookahead=lookahead)[t, -1] == wave[end - 1]
+
+
+@pytest.mark.parametrize("lookahead", [192, 352, 512])
+def test_lookahead_is_the_causal_mel_of_the_audio_that_many_samples_later(lookahead):
+    wave = random_wave(2, 20 * HOP)
+    ahead, later = log_mel(wave, lookahead=lookahead), log_mel(wave[:, lookahead:])
+    interior = slice(3, 18)                                # not where one of them sees the zeros outside the clip
+    assert (ahead[:, interior] - later[:, interior]).abs().max() < 1e-5
+    assert (ahead - log_mel(wave)).abs().max() > 0.1
+
+
+def test_lookahead_past_the_end_of_the_clip_sees_zeros():
+    wave = random_wave(5 * HOP)
+    longer = torch.cat([wave, torch.zeros(2 * HOP)])
+    assert torch.equal(log_mel(wave, lookahead=512), log_mel(longer, lookahead=512)[:5])
+
+
+@pytest.mark.parametrize("lookahead", [-1, N_FFT - HOP + 1, 100_000])
+def test_a_lookahead_outside_the_window_is_refused(lookahead):
+    with pytest.raises(ValueError, match=rf"lookahead is {lookahead} .*\[0, 704\]"):
+        log_mel(random_wave(10 * HOP), lookahead=lookahead)
+
+
+# ----------------------------------------------------------------------------- shapes, batches, gradients
+
+@pytest.mark.parametrize("n", [0, 1, 319, 320, 321, 639, 640, 1024, 24_000, 24_319])
+@pytest.mark.parametrize("lookahead", [0, 192, 512])
+def test_a_clip_has_one_frame_for_every_whole_320_samples(n, lookahead):
+    assert log_mel(random_wave(n), lookahead).shape == (n // 320, 80)
+    assert log_mel(random_wave(3, n), lookahead).shape == (3, n // 320, 80)
+
+
+def test_samples_after_the_last_whole_frame_change_nothing():
+    wave = random_wave(5 * HOP + 319)
+    assert torch.equal(log_mel(wave), log_mel(wave[:5 * HOP]))
+
+
+def test_a_batch_is_its_clips_one_by_one():
+    wave = random_wave(4, 15 * HOP + 7)
+    batch = log_mel(wave)
+    for b, clip in enumerate(wave):
+        assert (log_mel(clip) - batch[b]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(), (1, 2, 640)])
+def test_a_waveform_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="takes a waveform"):
+        log_mel(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.0])
+def test_gradient_reaches_the_waveform_and_is_finite_also_in_silence(scale):
+    wave = (scale * torch.randn(2, 10 * HOP)).requires_grad_()
+    log_mel(wave).sum().backward()
+    assert wave.grad.isfinite().all()
+    assert (wave.grad.abs().amax(-1) > 0).all() or scale == 0.0
+
+
+def test_log_mel_can_be_trained_through_after_use_in_inference_mode():
+    mel._constants.cache_clear()                           # so that window and filterbank are made in inference mode
+    with torch.inference_mode():
+        log_mel(random_wave(HOP))
+    wave = random_wave(2 * HOP).requires_grad_()
+    log_mel(wave).sum().backward()
+    assert wave.grad.abs().sum() > 0
+
+
+# ----------------------------------------------------------------------------- streaming
+
+@pytest.mark.parametrize("shape", [(30 * HOP + 100,), (3, 30 * HOP + 100)])
+@pytest.mark.parametrize("n_cuts", [0, 1, 7, 200])
+def test_streaming_in_any_split_equals_the_whole_clip(shape, n_cuts):
+    wave = random_wave(*shape)
+    cuts = torch.randint(0, wave.shape[-1] + 1, (n_cuts,)).tolist()
+    if n_cuts == 7:
+        cuts += [0, 0, 320, 320, 321, wave.shape[-1]]      # pushes of nothing, of one sample, of exactly one frame
+    stream = StreamingLogMel()
+    streamed = torch.cat([stream.push(piece) for piece in pieces(wave, cuts)], dim=-2)
+    assert streamed.shape == log_mel(wave).shape
+    assert (streamed - log_mel(wave)).abs().max() < 1e-5
+
+
+def test_streaming_returns_a_frame_as_soon_as_its_last_sample_arrives():
+    stream = StreamingLogMel()
+    assert stream.push(random_wave(0)).shape == (0, N_MELS)
+    assert stream.push(random_wave(319)).shape == (0, N_MELS)
+    assert stream.push(random_wave(1)).shape == (1, N_MELS)
+    assert stream.push(random_wave(640)).shape == (2, N_MELS)
+
+
+def test_streaming_for_an_hour_remembers_no_more_than_a_window():
+    stream = StreamingLogMel()
+    for n in (1, 5000, 319, 24_000, 7):
+        stream.push(random_wave(2, n))
+        assert stream.tail.shape[-1] < N_FFT

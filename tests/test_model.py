@@ -1,0 +1,308 @@
+"""
+python -m pytest tests/test_model.py
+
+The model: its size, its loss, what each prediction may depend on, its cache, its checkpoints.
+"""
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mel import HOP, log_mel
+from model import (IGNORE, PRESETS, START, Attention, Cache, CheckpointError, Config, HybridGPT, load_checkpoint,
+                   rotary_angles, rotate, to_checkpoint)
+
+HYBRID = Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, context=16)
+TOKENS, MEL = replace(HYBRID, use_mel=False), replace(HYBRID, use_codes=False)
+EACH = pytest.mark.parametrize("config", [HYBRID, TOKENS, MEL], ids=["hybrid", "token-only", "mel-only"])
+
+
+def make(config):
+    """A model whose predictions depend strongly on what it sees: after initialisation attention is nearly flat."""
+    torch.manual_seed(0)
+    model = HybridGPT(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3 if p.std() < 0.1 else 1)
+    return model
+
+
+def inputs(T, B=2, seed=1):
+    """Random codes (B, 1, T) that begin with START, mel (B, T, 80), targets (B, T)."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(1024, (B, 1, T), generator=generator)
+    codes[:, :, 0] = START
+    return (codes, torch.randn(B, T, 80, generator=generator) * 3 - 5,
+            torch.randint(1024, (B, T), generator=generator))
+
+
+@torch.no_grad()
+def logits_of(model, codes, mel):
+    return model(codes, mel)[0]
+
+
+# ----------------------------------------------------------------------------- size and loss
+
+def test_presets_have_the_sizes_of_the_paper():
+    n = {name: HybridGPT(config).n_params() for name, config in PRESETS.items()}
+    assert abs(n["gpt-s"] / 3.7e6 - 1) < 0.05
+    assert abs(n["hybrid"] / 4.0e6 - 1) < 0.05
+    assert abs(n["gpt-l"] / 40e6 - 1) < 0.05
+    assert abs(n["gpt-m"] / n["hybrid"] - 1) < 0.01
+    assert abs(n["nano-gpt"] / n["nano"] - 1) < 0.01
+    assert n["nano"] < 1.5e6
+
+
+def test_presets_differ_between_twins_in_the_mel_branch_and_the_mlp_only():
+    for hybrid, twin in (("hybrid", "gpt-m"), ("nano", "nano-gpt")):
+        hybrid, twin = PRESETS[hybrid], PRESETS[twin]
+        assert replace(twin, use_mel=True, n_inner=hybrid.n_inner, n_mel_embd=hybrid.n_mel_embd) == hybrid
+
+
+@EACH
+def test_the_loss_is_the_mean_cross_entropy_over_targets_that_count(config):
+    model, (codes, mel, targets) = make(config), inputs(12)
+    targets[0, 7:] = IGNORE
+    with torch.no_grad():
+        logits, loss = model(codes, mel, targets)
+    assert logits.shape == (2, 12, 1024)
+    by_hand = [-logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(2) for t in range(12)
+               if targets[b, t] != IGNORE]
+    assert len(by_hand) == 19
+    assert abs(loss - sum(by_hand) / 19) < 1e-5
+    assert model(codes, mel)[1] is None
+
+
+@EACH
+def test_an_untrained_model_knows_nothing(config):
+    torch.manual_seed(0)
+    logits, loss = HybridGPT(config)(*inputs(16, B=8))
+    assert abs(loss.item() - 6.931) < 0.1                     # ln 1024
+
+
+def test_finer_codebooks_are_not_read():
+    model, (codes, mel, _) = make(HYBRID), inputs(12)
+    finer = torch.randint(1024, (2, 7, 12))
+    assert torch.equal(logits_of(model, codes, mel), logits_of(model, torch.cat([codes, finer], dim=1), mel))
+
+
+def test_twenty_steps_on_one_batch_lower_the_loss():
+    torch.manual_seed(0)
+    model, batch = HybridGPT(HYBRID), inputs(16, B=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        _, loss = model(*batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 2
+
+
+@EACH
+def test_every_parameter_gets_a_gradient(config):
+    model = make(config)
+    model(*inputs(12))[1].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation():
+    model, (codes, mel, _) = make(replace(HYBRID, dropout=0.5)), inputs(12)
+    assert torch.equal(logits_of(model, codes, mel), logits_of(model, codes, mel))
+    assert torch.equal(logits_of(model, codes, mel), logits_of(make(HYBRID), codes, mel))
+    model.train()
+    assert not torch.equal(logits_of(model, codes, mel), logits_of(model, codes, mel))
+
+
+@pytest.mark.parametrize("wrong", [dict(use_codes=False, use_mel=False), dict(n_head=3), dict(n_embd=30, n_head=2),
+                                   dict(n_mel_embd=40)])
+def test_a_config_that_cannot_work_is_a_value_error(wrong):
+    with pytest.raises(ValueError):
+        HybridGPT(replace(HYBRID, **wrong))
+
+
+# ----------------------------------------------------------------------------- causality
+
+@EACH
+@pytest.mark.parametrize("T", [16, 40])
+def test_predictions_do_not_depend_on_later_inputs(config, T):
+    model, (codes, mel, _), (codes2, mel2, _) = make(config), inputs(T), inputs(T, seed=2)
+    before = logits_of(model, codes, mel)
+    for t in (0, 5, 14, T - 2):
+        changed = logits_of(model, torch.cat([codes[..., :t + 1], codes2[..., t + 1:]], dim=-1),
+                            torch.cat([mel[:, :t + 1], mel2[:, t + 1:]], dim=1))
+        assert torch.equal(changed[:, :t + 1], before[:, :t + 1])
+        assert not torch.allclose(changed[:, t + 1], before[:, t + 1])            # and do on their own
+
+
+def test_no_prediction_depends_on_audio_of_the_frame_it_predicts_or_later(tiny_codec):
+    """From samples to logits: codec, spectrogram, the shift by one frame, and the model."""
+    n_frames, model = 24, make(HYBRID)
+
+    def predictions(wave):                                    # (N,) -> (T, 1024); row t predicts code t
+        codes = tiny_codec.encode(wave[None], n_codebooks=1)
+        codes = torch.cat([torch.full((1, 1, 1), START), codes[..., :-1]], dim=-1)
+        mel = torch.cat([torch.zeros(1, 80), log_mel(wave)[:-1]])
+        return logits_of(model, codes, mel[None])[0]
+    generator = torch.Generator().manual_seed(0)
+    wave = torch.randn(n_frames * HOP, generator=generator) * 0.3
+    before = predictions(wave)
+    for t in (0, 1, 2, 11, 21):
+        later = wave.clone()                                  # frame t + 1 and all after it sound different
+        later[(t + 1) * HOP:] = torch.randn(len(wave) - (t + 1) * HOP, generator=generator)
+        after = predictions(later)
+        torch.testing.assert_close(after[:t + 2], before[:t + 2], rtol=1e-4, atol=1e-4)
+        assert (after[t + 2] - before[t + 2]).abs().max() > 1e-2                  # it shows in the very next one
+        earlier = wave.clone()
+        earlier[(t + 1) * HOP - 40:(t + 1) * HOP] *= -2       # the end of frame t
+        assert (predictions(earlier)[t + 1] - before[t + 1]).abs().max() > 1e-3
+
+
+def test_a_mel_that_looks_ahead_would_be_noticed(tiny_codec):
+    """The leak that the causal window avoids is visible to the check above."""
+    wave = torch.randn(24 * HOP)
+    changed = wave.clone()
+    changed[12 * HOP:] *= -2                                  # frames 0 to 11 keep their audio
+    assert torch.equal(log_mel(wave)[:12], log_mel(changed)[:12])
+    assert not torch.allclose(log_mel(wave, lookahead=192)[:12], log_mel(changed, lookahead=192)[:12])
+
+
+def test_predictions_do_not_depend_on_other_rows_of_the_batch():
+    model, (codes, mel, _), (codes2, mel2, _) = make(HYBRID), inputs(12), inputs(12, seed=2)
+    codes2[0], mel2[0] = codes[0], mel[0]
+    torch.testing.assert_close(logits_of(model, codes, mel)[0], logits_of(model, codes2, mel2)[0])
+
+
+# ----------------------------------------------------------------------------- the branches
+
+def test_a_token_only_model_never_looks_at_the_mel():
+    model, (codes, mel, _) = make(TOKENS), inputs(12)
+    assert torch.equal(logits_of(model, codes, mel), logits_of(model, codes, None))
+    assert torch.equal(logits_of(model, codes, mel), logits_of(model, codes, mel * torch.nan))
+
+
+def test_a_mel_only_model_looks_at_no_code_but_start():
+    model, (codes, mel, _), (codes2, _, _) = make(MEL), inputs(12), inputs(12, seed=2)
+    assert torch.equal(logits_of(model, codes, mel), logits_of(model, codes2, mel))
+    codes2[:, :, 5] = START
+    assert not torch.allclose(logits_of(model, codes, mel)[:, 5], logits_of(model, codes2, mel)[:, 5])
+
+
+def test_a_hybrid_looks_at_both():
+    model, (codes, mel, _), (codes2, mel2, _) = make(HYBRID), inputs(12), inputs(12, seed=2)
+    assert not torch.allclose(logits_of(model, codes, mel)[:, 1:], logits_of(model, codes2, mel)[:, 1:])
+    assert not torch.allclose(logits_of(model, codes, mel)[:, 1:], logits_of(model, codes, mel2)[:, 1:])
+
+
+@pytest.mark.parametrize("config", [HYBRID, MEL], ids=["hybrid", "mel-only"])
+def test_the_mel_at_start_is_ignored_whatever_it_holds(config):
+    model, (codes, mel, _) = make(config), inputs(12)
+    before = logits_of(model, codes, mel)
+    for value in (7.0, -100.0):
+        mel[:, 0] = value
+        assert torch.equal(logits_of(model, codes, mel), before)
+    mel[:, 1] = value
+    assert not torch.equal(logits_of(model, codes, mel), before)
+
+
+def test_mel_statistics_standardise_the_input_and_survive_a_checkpoint(tmp_path):
+    model, (codes, mel, _) = make(HYBRID), inputs(12)
+    before = logits_of(model, codes, mel)
+    mean, std = torch.linspace(-9, 3, 80), torch.linspace(0.5, 4, 80)
+    model.set_mel_statistics(mean.tolist(), std.tolist())
+    torch.testing.assert_close(logits_of(model, codes, mel * std + mean), before, rtol=1e-4, atol=1e-4)
+    torch.save(to_checkpoint(model, step=3), tmp_path / "m.pt")
+    again, checkpoint = load_checkpoint(tmp_path / "m.pt")
+    assert torch.equal(again.mel_mean, mean) and torch.equal(again.mel_std, std) and checkpoint["step"] == 3
+    assert torch.equal(logits_of(again, codes, mel), logits_of(model, codes, mel))
+    HybridGPT(TOKENS).set_mel_statistics(mean, std)           # nothing to set, and no error
+
+
+# ----------------------------------------------------------------------------- positions, band, cache
+
+@EACH
+def test_one_step_at_a_time_equals_the_whole_up_to_and_beyond_the_context(config):
+    model, (codes, mel, _), cache = make(config), inputs(4 * 16 + 3), Cache(16)
+    whole = logits_of(model, codes, mel)
+    with torch.no_grad():
+        steps = [model(codes[..., t:t + 1], mel[:, t:t + 1], cache=cache)[0] for t in range(codes.shape[-1])]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(whole[:, 20], logits_of(model, codes[..., 3:], mel[:, 3:])[:, 17])  # history matters
+
+
+@EACH
+def test_nothing_older_than_the_band_influences_a_prediction(config):
+    layers = config.n_layer + config.n_mel_layer * config.use_mel
+    reach = layers * (config.context - 1)
+    T = reach + 12
+    model, (codes, mel, _), (codes2, mel2, _) = make(config), inputs(T), inputs(T, seed=2)
+    before = logits_of(model, codes, mel)
+    old = T - 1 - reach                                       # positions [0, old) are out of the last one's reach
+    changed = logits_of(model, torch.cat([codes2[..., :old], codes[..., old:]], dim=-1),
+                        torch.cat([mel2[:, :old], mel[:, old:]], dim=1))
+    torch.testing.assert_close(changed[:, -1], before[:, -1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(changed[:, old], before[:, old], rtol=1e-5, atol=1e-5)
+
+
+def test_one_layer_sees_exactly_context_positions():
+    model, (codes, _, _) = make(replace(TOKENS, n_layer=1)), inputs(40)
+    before = logits_of(model, codes, None)
+    for back, seen in ((15, True), (16, False)):
+        changed = codes.clone()
+        changed[..., 39 - back] = (changed[..., 39 - back] + 1) % 1024
+        assert torch.equal(logits_of(model, changed, None)[:, 39], before[:, 39]) is not seen
+
+
+def test_attention_depends_on_relative_positions_only():
+    torch.manual_seed(0)
+    x, attention = torch.randn(2, 12, 32), Attention(32, 16)
+    with torch.no_grad():
+        near, far = (attention(x, rotary_angles(start, 12, 16)) for start in (0, 100_000))
+        shuffled = attention(x, rotary_angles(0, 12, 16)[:, torch.randperm(12)])
+    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(near, shuffled, rtol=1e-3, atol=1e-3)
+
+
+def test_rotation_keeps_lengths_and_turns_position_zero_not_at_all():
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 2, 3, 16)
+    turned = rotate(x, rotary_angles(0, 12, 16))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(turned[:, 0], x[:, 0]) and not torch.allclose(turned[:, 1], x[:, 1])
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+class Malicious:
+    """Pickled, it asks whoever loads it to make a directory."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import os
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_that_cannot_be_used_is_one_clear_line_and_runs_no_code(tmp_path):
+    model = HybridGPT(HYBRID)
+    torch.save(to_checkpoint(model), tmp_path / "good.pt")
+    good = (tmp_path / "good.pt").read_bytes()
+    assert load_checkpoint(tmp_path / "good.pt")[0].training is False
+    (tmp_path / "truncated.pt").write_bytes(good[:len(good) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    torch.save({**to_checkpoint(model), "format": "whisper-gpt-0"}, tmp_path / "version.pt")
+    torch.save({**to_checkpoint(model), "model": HybridGPT(TOKENS).state_dict()}, tmp_path / "misfit.pt")
+    torch.save({**to_checkpoint(model), "extra": Malicious(tmp_path / "ran")}, tmp_path / "malicious.pt")
+    (tmp_path / "folder.pt").mkdir()
+    for name in ("absent", "truncated", "empty", "text", "foreign", "tensor", "version", "misfit", "malicious",
+                 "folder"):
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(tmp_path / f"{name}.pt")
+        assert f"{name}.pt" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,271 @@
+"""
+python -m pytest tests/test_sample.py
+
+Drawing codes, the loop around model, codec and spectrogram, and the sampling script as a user runs it.
+"""
+import contextlib
+import functools
+import io
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+import sample
+from mel import HOP, log_mel
+from model import START, Config, HybridGPT
+from sample import draw, generate
+from tokens import load_codec
+
+SCRIPT = Path(sample.__file__).absolute()
+
+
+def noise(seconds, rate=24_000, channels=1, seed=0):
+    """Noise that swells and fades, (n, channels)."""
+    n = round(seconds * rate)
+    swell = np.sin(np.arange(n) / rate * 7) ** 2
+    return 0.2 * swell[:, None] * np.random.default_rng(seed).standard_normal((n, channels)).clip(-4, 4)
+
+
+def run_script(folder, script, *options, prepare=data.prepare):
+    """A script in this process (torch is imported once), as if called in `folder`: its status, output and errors."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            mock.patch.object(sys, "argv", [str(script), *map(str, options)]), \
+            mock.patch.object(data, "prepare", prepare), mock.patch("signal.signal"):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+    if isinstance(code, str):                                 # sys.exit("error: …") prints its message and exits 1
+        err.write(code + "\n")
+        code = 1
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory, tiny_codec_file):
+    """A checkpoint of train.py after four steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "clips").mkdir()
+    for i in range(4):
+        soundfile.write(folder / "clips" / f"{i}.wav", noise(1.0, seed=i), 24_000)
+    prepare = functools.partial(data.prepare, cache=folder / "cache", quiet=True)
+    done = run_script(folder, SCRIPT.with_name("train.py"), "--dataset", "clips", "--codec", tiny_codec_file,
+                      "--steps", 4, "--eval-every", 4, "--context", 32, "--batch-size", 2, "--device", "cpu",
+                      "--model", "nano", prepare=prepare)
+    assert done.code == 0, done.err
+    return folder / "out.pt"
+
+
+@pytest.fixture()
+def run(ckpt, tmp_path):
+    """run(*options): sample.py with that checkpoint, in an empty folder, 30 frames unless told otherwise."""
+    return functools.partial(run_script, tmp_path, SCRIPT, "--ckpt", ckpt, "--device", "cpu", "--seconds", 0.4)
+
+
+def assert_refused(result, *words):
+    """One clear line, no traceback, and a status that scripts notice."""
+    last = result.err.strip().splitlines()[-1]
+    assert result.code != 0 and last.startswith(("error: ", "sample.py: error: ")), result.err
+    assert "Traceback" not in result.err
+    assert all(word in last for word in words), last
+
+
+# ----------------------------------------------------------------------------- drawing a code
+
+def test_temperature_zero_and_top_k_one_take_the_likeliest_code():
+    logits = torch.randn(50, 1024)
+    assert torch.equal(draw(logits, temperature=0), logits.argmax(-1))
+    assert torch.equal(draw(logits, temperature=5.0, top_k=1), logits.argmax(-1))
+    assert torch.equal(draw(logits, temperature=5.0, top_p=1e-9), logits.argmax(-1))
+
+
+def test_top_k_draws_every_one_of_the_k_likeliest_and_nothing_else():
+    logits = torch.randn(1, 1024)
+    drawn = draw(logits.expand(3000, -1), top_k=5)
+    assert set(drawn.tolist()) == set(logits[0].topk(5).indices.tolist())
+    assert draw(logits, top_k=5000).shape == (1,)             # more than there are: all of them
+
+
+def test_top_p_draws_the_smallest_set_that_holds_p_and_nothing_else():
+    p = torch.full((1024,), 1e-9)
+    p[[7, 100, 3, 900]] = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    rows = p.log().expand(3000, -1)
+    assert set(draw(rows, top_p=0.45).tolist()) == {7}
+    assert set(draw(rows, top_p=0.7).tolist()) == {7, 100}
+    assert set(draw(rows, top_p=0.9).tolist()) == {7, 100, 3}
+    assert set(draw(rows, top_p=1.0).tolist()) == {7, 100, 3, 900}
+    share = (draw(rows, top_p=0.7) == 7).float().mean()       # renormalised: 0.5 / 0.8
+    assert abs(share - 0.625) < 0.04
+
+
+def test_codes_come_as_often_as_the_temperature_says():
+    p = torch.full((1024,), 1e-12)
+    p[[5, 6]] = torch.tensor([0.8, 0.2])
+    for temperature, expected in ((1.0, 0.8), (0.5, 0.64 / 0.68), (2.0, 0.8 ** 0.5 / (0.8 ** 0.5 + 0.2 ** 0.5))):
+        drawn = draw(p.log().expand(5000, -1), temperature=temperature)
+        share = (drawn == 5).sum() / ((drawn == 5) | (drawn == 6)).sum()
+        assert abs(share - expected) < 0.03
+
+
+def test_the_generator_decides_what_is_drawn():
+    logits = torch.randn(20, 1024)
+    one, same, other = (draw(logits, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+# ----------------------------------------------------------------------------- the loop
+
+@pytest.mark.parametrize("use_mel", [True, False], ids=["hybrid", "token-only"])
+@pytest.mark.parametrize("n_prompt", [0, 10])
+def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use_mel, n_prompt):
+    """Forty frames with a context of 16: before every draw the whole past is decoded, analysed and modelled anew."""
+    torch.manual_seed(0)
+    model = HybridGPT(Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, context=16,
+                             use_mel=use_mel)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    prompt = torch.randint(1024, (1, 1, n_prompt)) if n_prompt else None
+    frames = list(generate(model, tiny_codec, 40, num=2, prompt=prompt, generator=torch.Generator().manual_seed(1)))
+    codes, wave = (torch.cat(parts, dim=-1) for parts in zip(*frames))
+    assert codes.shape == (2, 1, n_prompt + 40) and wave.shape == (2, (n_prompt + 40) * HOP)
+    torch.testing.assert_close(wave, tiny_codec.decode(codes), rtol=1e-4, atol=1e-5)
+
+    generator, again = torch.Generator().manual_seed(1), torch.full((2, 1, 1), START)
+    if n_prompt:
+        again = torch.cat([again, prompt.expand(2, 1, -1)], dim=-1)
+    for _ in range(40):
+        mel = torch.zeros(2, 1, 80)
+        if again.shape[-1] > 1:
+            mel = torch.cat([mel, log_mel(tiny_codec.decode(again[..., 1:]))], dim=1)
+        with torch.no_grad():
+            logits, _ = model(again, mel)
+        again = torch.cat([again, draw(logits[:, -1], generator=generator)[:, None, None]], dim=-1)
+    assert torch.equal(again[..., 1:], codes)
+    assert codes[..., n_prompt:].unique().numel() > 40        # not one code for ever
+
+
+# ----------------------------------------------------------------------------- the script
+
+def test_the_script_works_as_a_process_of_its_own(ckpt, tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "0.4", "--device", "cpu"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "sample.wav" in done.stdout, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["sample.wav"]
+    refused = subprocess.run([sys.executable, SCRIPT, "--ckpt", "absent.pt"], cwd=tmp_path, capture_output=True,
+                             text=True)
+    assert_refused(SimpleNamespace(code=refused.returncode, err=refused.stderr), "absent.pt")
+
+
+def test_the_output_is_24_khz_mono_of_the_length_asked_for(run, tmp_path):
+    assert run("--seconds", 0.6, "--out", "a.wav").code == 0
+    assert run("--seconds", 0.6, "--out", "a.flac").code == 0
+    wave, rate = soundfile.read(tmp_path / "a.wav")
+    assert rate == 24_000 and wave.shape == (45 * HOP,) and np.isfinite(wave).all()
+    np.testing.assert_allclose(soundfile.read(tmp_path / "a.flac")[0], wave, atol=1.1 / 2 ** 15)      # 16 bits
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(run, tmp_path):
+    for out, seed in (("a.wav", 1), ("b.wav", 1), ("c.wav", 2)):
+        assert run("--seed", seed, "--out", out).code == 0
+    a, b, c = ((tmp_path / f"{name}.wav").read_bytes() for name in "abc")
+    assert a == b and a != c
+
+
+def test_temperature_zero_is_the_same_for_every_seed(run, tmp_path):
+    for out, seed in (("a.wav", 1), ("b.wav", 2)):
+        run("--temperature", 0, "--seed", seed, "--out", out)
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+
+
+def test_num_3_writes_three_different_files(run, tmp_path):
+    assert run("--num", 3, "--out", "s.wav").code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s-1.wav", "s-2.wav", "s-3.wav"]
+    assert len({p.read_bytes() for p in tmp_path.iterdir()}) == 3
+    assert {len(soundfile.read(p)[0]) for p in tmp_path.iterdir()} == {30 * HOP}
+
+
+def test_the_output_begins_with_the_prompt_as_its_coarse_codes_decode(run, tmp_path, tiny_codec):
+    soundfile.write(tmp_path / "prompt.wav", noise(0.5, 48_000, 2), 48_000)
+    assert run("--prompt", "prompt.wav", "--num", 2).code == 0
+    wave = torch.from_numpy(np.concatenate(list(data.read_audio(tmp_path / "prompt.wav"))))
+    assert abs(len(wave) - 12_000) <= 1
+    heard = tiny_codec.decode(tiny_codec.encode(wave[None], n_codebooks=1))[0].clamp(-1, 1).numpy()
+    for name in ("sample-1.wav", "sample-2.wav"):
+        out, _ = soundfile.read(tmp_path / name)
+        assert len(out) == len(heard) + 30 * HOP
+        np.testing.assert_allclose(out[:len(heard)], heard, atol=1e-4)            # 16 bits
+    assert (tmp_path / "sample-1.wav").read_bytes() != (tmp_path / "sample-2.wav").read_bytes()
+
+
+def test_silence_can_be_continued(run, tmp_path):
+    soundfile.write(tmp_path / "prompt.wav", np.zeros(12_000), 24_000)
+    assert run("--prompt", "prompt.wav").code == 0
+    assert len(soundfile.read(tmp_path / "sample.wav")[0]) == (37 + 30) * HOP
+
+
+def test_prompt_and_output_may_be_the_same_file(run, tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(0.5), 24_000)
+    assert run("--prompt", "a.wav", "--out", "a.wav").code == 0
+    assert len(soundfile.read(tmp_path / "a.wav")[0]) == (37 + 30) * HOP
+
+
+# ----------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("options, words", [
+    (["--ckpt", "absent.pt"], ["absent.pt"]),
+    (["--prompt", "absent.wav"], ["absent.wav"]),
+    (["--codec", "absent"], ["absent"]),
+    (["--out", "nowhere/a.wav"], ["nowhere"]),
+    (["--out", "sample.mp3"], ["sample.mp3", ".wav"]),
+    (["--temperature", -1], ["--temperature"]),
+    (["--temperature", "nan"], ["--temperature"]),
+    (["--seconds", 0], ["--seconds"]),
+    (["--seconds", "nan"], ["--seconds"]),
+    (["--seconds", "inf"], ["--seconds"]),
+    (["--num", 0], ["--num"]),
+    (["--top-k", 0], ["--top-k"]),
+    (["--top-p", 1.5], ["--top-p"]),
+    (["--device", "abacus"], ["abacus"]),
+    (["--no-such-option"], ["--no-such-option"]),
+])
+def test_a_bad_option_is_one_clear_line(run, tmp_path, options, words):
+    assert_refused(run(*options), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(run, ckpt, tmp_path):
+    (tmp_path / "half.pt").write_bytes(ckpt.read_bytes()[:100_000])
+    torch.save({"something": 1}, tmp_path / "foreign.pt")
+    for name in ("half.pt", "foreign.pt"):
+        assert_refused(run("--ckpt", name), name)
+
+
+def test_another_codec_than_the_checkpoints_is_refused(run, tmp_path, tiny_codec_file):
+    saved = torch.load(tiny_codec_file, weights_only=True)
+    saved["weights"] = {key: value * 1.5 for key, value in saved["weights"].items()}
+    torch.save(saved, tmp_path / "other.pt")
+    assert_refused(run("--codec", "other.pt"), "codec", load_codec(tmp_path / "other.pt").checksum)
+    assert not (tmp_path / "sample.wav").exists()
+
+
+def test_a_prompt_that_cannot_be_used_is_one_clear_line(run, tmp_path):
+    spoilt = noise(0.5)
+    spoilt[100] = np.nan
+    soundfile.write(tmp_path / "nan.wav", spoilt, 24_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "short.wav", noise(0.01), 24_000)
+    soundfile.write(tmp_path / "empty.wav", noise(0), 24_000)
+    (tmp_path / "text.wav").write_text("this is not audio")
+    for name, word in (("nan", "NaN"), ("short", "frame"), ("empty", "samples"), ("text", "audio")):
+        assert_refused(run("--prompt", f"{name}.wav"), f"{name}.wav", word)
+    assert not (tmp_path / "sample.wav").exists()

@@ -1,0 +1,413 @@
+"""
+python -m pytest tests/test_train.py
+
+The training script, run as a user runs it, on a few seconds of noise with a tiny codec.
+"""
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+import train
+from model import load_checkpoint
+from tokens import load_codec
+
+SCRIPT = Path(train.__file__).absolute()
+
+
+def write_clips(folder, seconds):
+    """Noise that swells and fades, one file per entry of `seconds`."""
+    folder.mkdir()
+    for i, duration in enumerate(seconds):
+        time = np.arange(round(duration * 24_000)) / 24_000
+        wave = 0.2 * np.sin(5 * time + i) ** 2 * np.random.default_rng(i).standard_normal(len(time)).clip(-4, 4)
+        soundfile.write(folder / f"{i}.wav", wave, 24_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return write_clips(tmp_path_factory.mktemp("train") / "clips", [1.6, 0.3, 1.0, 1.3, 0.9, 0.7])
+
+
+@pytest.fixture(scope="module")
+def run(clips, tiny_codec_file, tmp_path_factory):
+    """run(folder, *options): train.py in this process (torch is imported once), with a cache of its own.
+
+    Returns exit code, standard output and standard error. Whatever is no SystemExit, which is what a user would see
+    as a traceback, fails the test.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(folder, *options, small=True):
+        if small:
+            options = ["--dataset", clips, "--codec", tiny_codec_file, "--steps", 4, "--eval-every", 2,
+                       "--context", 32, "--batch-size", 2, "--device", "cpu", "--model", "nano", *options]
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+                mock.patch.object(sys, "argv", [str(SCRIPT), *map(str, options)]), \
+                mock.patch.object(data, "prepare", functools.partial(data.prepare, cache=cache, quiet=True)):
+            try:
+                runpy.run_path(str(SCRIPT), run_name="__main__")
+            except SystemExit as stop:
+                code = stop.code or 0
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+        if isinstance(code, str):                             # sys.exit("error: …") prints its message and exits 1
+            err.write(code + "\n")
+            code = 1
+        return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    run.cache = cache
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    """A folder in which a run of four steps has ended."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run(folder)
+    assert result.code == 0, result.err
+    folder.joinpath("stdout").write_text(result.out)
+    return folder
+
+
+@pytest.fixture()
+def own_clips(clips, tmp_path_factory):
+    """The clips under a name nobody else uses, whose entry in the repository's cache/ goes afterwards."""
+    folder, there = tmp_path_factory.mktemp("process") / f"test-{os.getpid()}", data.CACHE.exists()
+    shutil.copytree(clips, folder)
+    yield folder
+    for entry in data.CACHE.glob(f"{folder.name}-*"):
+        shutil.rmtree(entry)
+    if not there and data.CACHE.exists() and not any(data.CACHE.iterdir()):
+        data.CACHE.rmdir()
+
+
+def log_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def evaluations(path):
+    return [entry for entry in log_of(path) if "val_nll" in entry]
+
+
+def assert_refused(result, *words):
+    """One clear line, no traceback, and a status that scripts notice."""
+    last = result.err.strip().splitlines()[-1]
+    assert result.code not in (0, None)
+    assert last.startswith(("error: ", "train.py: error: ")), result.err
+    assert "Traceback" not in result.err
+    assert all(word in last for word in words), last
+
+
+# ----------------------------------------------------------------------------- what a run leaves
+
+def test_a_run_writes_the_best_model_the_whole_state_and_a_log(trained):
+    assert sorted(p.name for p in trained.iterdir()) == ["out.jsonl", "out.last.pt", "out.pt", "stdout"]
+    entries = evaluations(trained / "out.jsonl")
+    assert [entry["step"] for entry in entries] == [0, 2, 4]
+    for entry in entries:
+        assert {"step", "val_nll", "val_ppl", "val_acc", "unigram_nll", "n_params", "tokens_seen",
+                "seconds"} <= set(entry)
+        assert math.isclose(entry["val_ppl"], math.exp(entry["val_nll"])) and 0 <= entry["val_acc"] <= 1
+    assert 6.7 < entries[0]["val_nll"] < 7.2                  # ln 1024 = 6.93: it knows nothing yet
+    assert entries[-1]["val_nll"] < entries[0]["val_nll"] - 0.05
+    assert entries[0]["tokens_seen"] == 0 < entries[1]["tokens_seen"] <= 2 * 2 * 32
+    best = min(entries, key=lambda entry: entry["val_nll"])
+    model, checkpoint = load_checkpoint(trained / "out.pt")
+    assert checkpoint["step"] == best["step"] and checkpoint["val_nll"] == best["val_nll"]
+    assert model.n_params() == best["n_params"] and model.config.context == 32
+    assert load_checkpoint(trained / "out.last.pt")[1]["step"] == 4
+
+
+def test_a_checkpoint_holds_the_mel_statistics_of_the_training_frames(trained, run):
+    model, checkpoint = load_checkpoint(trained / "out.pt")
+    meta = json.loads((run.cache / checkpoint["data_key"] / "meta.json").read_text())
+    assert torch.allclose(model.mel_mean, torch.tensor(meta["mel_mean"]))
+    assert torch.allclose(model.mel_std, torch.tensor(meta["mel_std"])) and model.mel_std.std() > 0
+
+
+def test_the_first_line_of_the_log_holds_every_option(trained):
+    options = log_of(trained / "out.jsonl")[0]["args"]
+    assert options["context"] == 32 and options["seed"] == 0 and options["model"] == "nano" and "lr" in options
+
+
+def test_the_whole_run_works_as_a_process_of_its_own(own_clips, tiny_codec_file, trained, tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file, "--steps", "4",
+                           "--eval-every", "2", "--context", "32", "--batch-size", "2", "--device", "cpu",
+                           "--model", "nano"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.last.pt", "out.pt"]
+    np.testing.assert_allclose([entry["val_nll"] for entry in evaluations(tmp_path / "out.jsonl")],
+                               [entry["val_nll"] for entry in evaluations(trained / "out.jsonl")], rtol=1e-4)
+    assert "sample.py --ckpt out.pt" in done.stdout
+    refused = subprocess.run([sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True)
+    assert_refused(SimpleNamespace(code=refused.returncode, err=refused.stderr), "out.pt exists")
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_seed_others(run, trained, tmp_path):
+    run(tmp_path, "--out", "same.pt")
+    run(tmp_path, "--out", "other.pt", "--seed", 1)
+    figures = [[entry["val_nll"] for entry in evaluations(path)]
+               for path in (trained / "out.jsonl", tmp_path / "same.jsonl", tmp_path / "other.jsonl")]
+    assert figures[0] == figures[1] and figures[0][-1] != figures[2][-1]
+
+
+def test_twins_see_the_same_batches(run, tmp_path):
+    seen, batch = {"nano": [], "nano-gpt": []}, data.Dataset.batch
+    for name, batches in seen.items():
+        def recorded(self, *args):
+            batches.append(batch(self, *args))
+            return batches[-1]
+        with mock.patch.object(data.Dataset, "batch", recorded):
+            assert run(tmp_path, "--model", name, "--out", f"{name}.pt").code == 0
+        assert load_checkpoint(tmp_path / f"{name}.pt")[0].config.use_mel is (name == "nano")
+    assert len(seen["nano"]) == 4
+    assert all(torch.equal(a, b) for one, two in zip(*seen.values()) for a, b in zip(one, two))
+
+
+def test_splitting_a_batch_into_parts_changes_nothing(run, tmp_path):
+    """With clips shorter than the context, so that the parts hold different numbers of targets."""
+    folder = write_clips(tmp_path / "short", [0.1, 0.7, 0.15, 0.2, 0.6, 0.1, 0.3])
+    losses, figures = [], []
+    for parts in (1, 2, 4):
+        assert run(tmp_path, "--dataset", folder, "--dropout", 0, "--batch-size", 4, "--accumulate", parts,
+                   "--steps", 3, "--out", f"{parts}.pt").code == 0
+        losses.append([entry["loss"] for entry in log_of(tmp_path / f"{parts}.jsonl") if "loss" in entry])
+        figures.append(evaluations(tmp_path / f"{parts}.jsonl")[-1]["val_nll"])
+        assert 0 < evaluations(tmp_path / f"{parts}.jsonl")[-1]["tokens_seen"] < 3 * 4 * 32
+    assert len(losses[0]) == 1
+    np.testing.assert_allclose(losses, np.tile(losses[0], (3, 1)), rtol=1e-5)
+    np.testing.assert_allclose(figures, figures[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 6, 7])
+def test_an_evaluation_does_not_depend_on_the_batch_size(run, trained, batch_size):
+    """Whatever is left for the last batch: one window, several, or none."""
+    model, checkpoint = load_checkpoint(trained / "out.pt")
+    dataset = data.Dataset(run.cache / checkpoint["data_key"])
+    figures, sums, counts = train.evaluate(model, dataset, batch_size)
+    assert abs(figures["val_nll"] - checkpoint["val_nll"]) < 1e-5
+    assert counts.tolist() == [end - start for start, end in dataset.val]
+    assert abs(sums.sum() / counts.sum() - figures["val_nll"]) < 1e-9
+
+
+# ----------------------------------------------------------------------------- going on after an interruption
+
+@pytest.mark.parametrize("stop_at", [3, 4])
+def test_resuming_gives_the_same_losses_as_not_stopping(run, tmp_path, stop_at):
+    """Stopped between two evaluations, or at one; with dropout, whose random state must go on as well."""
+    options = ["--steps", 6, "--dropout", 0.2]
+    assert run(tmp_path, *options, "--out", "whole.pt").code == 0
+    batch = data.Dataset.batch
+
+    def interrupted(self, seed, step, *args):
+        if step == stop_at - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, seed, step, *args)
+    with mock.patch.object(data.Dataset, "batch", interrupted):
+        stopped = run(tmp_path, *options, "--out", "halves.pt")
+    assert stopped.code == 143
+    assert f"stopped at step {stop_at}; continue with: python train.py --resume --out halves.pt" in stopped.out
+    assert torch.load(tmp_path / "halves.last.pt", weights_only=True)["step"] == stop_at
+    resumed = run(tmp_path, "--resume", "--out", "halves.pt", small=False)
+    assert resumed.code == 0, resumed.err
+
+    whole, halves = (torch.load(tmp_path / f"{name}.last.pt", weights_only=True) for name in ("whole", "halves"))
+    assert all(torch.equal(whole["model"][key], halves["model"][key]) for key in whole["model"])
+    for a, b in zip(whole["optimizer"]["state"].values(), halves["optimizer"]["state"].values()):
+        assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+    figures = [[(e["step"], e["val_nll"], e["tokens_seen"]) for e in evaluations(tmp_path / f"{name}.jsonl")]
+               for name in ("whole", "halves")]
+    assert figures[0] == figures[1]                           # each evaluation once, and the same figures
+    losses = [[(e["step"], e["loss"]) for e in log_of(tmp_path / f"{name}.jsonl") if "loss" in e]
+              for name in ("whole", "halves")]
+    assert losses[0] == losses[1]
+
+
+def test_resuming_a_finished_run_changes_no_figure(run, tmp_path):
+    run(tmp_path)
+    before = evaluations(tmp_path / "out.jsonl")
+    assert run(tmp_path, "--resume", small=False).code == 0
+    after = evaluations(tmp_path / "out.jsonl")
+    assert [e["val_nll"] for e in after] == [e["val_nll"] for e in before]
+
+
+def test_resuming_with_another_option_is_refused(run, trained):
+    assert_refused(run(trained, "--resume", "--lr", 0.5, small=False), "--lr", "0.003")
+    assert_refused(run(trained, "--resume", "--batch-size=4", small=False), "--batch-size")
+    assert_refused(run(trained, "--resume", "--overwrite", small=False), "--overwrite")
+
+
+def test_resuming_without_a_state_is_refused_and_makes_no_file(run, tmp_path):
+    assert_refused(run(tmp_path, "--resume", small=False), "out.last.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_after_the_data_changed_is_refused(run, clips, tmp_path):
+    folder = write_clips(tmp_path / "own", [0.5, 0.5, 0.6])
+    run(tmp_path, "--dataset", folder)
+    log = (tmp_path / "out.jsonl").read_bytes()
+    os.utime(folder / "0.wav", ns=(1, 1))
+    assert_refused(run(tmp_path, "--resume", small=False), "other data")
+    assert (tmp_path / "out.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_with_its_state_saved_and_says_how_to_go_on(own_clips, tiny_codec_file, tmp_path,
+                                                                           number, code):
+    process = subprocess.Popen([sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file,
+                                "--steps", "100000", "--eval-every", "100000", "--context", "32", "--batch-size", "2",
+                                "--device", "cpu", "--model", "nano"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        while not process.stdout.readline().startswith("step    20"):
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code and "Traceback" not in err
+    assert "continue with: python train.py --resume --out out.pt" in out
+    step = torch.load(tmp_path / "out.last.pt", weights_only=True)["step"]
+    assert step >= 20 and f"stopped at step {step};" in out
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path):
+    train.save(tmp_path / "a.pt", {"x": 1})
+    with pytest.raises(Exception):
+        train.save(tmp_path / "a.pt", {"x": 2, "y": lambda: "not to be pickled"})
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == {"x": 1}
+
+
+# ----------------------------------------------------------------------------- files that are there already
+
+def test_an_existing_run_is_refused_and_left_untouched(run, trained):
+    before = {p.name: p.read_bytes() for p in trained.iterdir()}
+    assert_refused(run(trained), "out.pt exists", "--resume", "--overwrite")
+    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+
+
+@pytest.mark.parametrize("left", ["out.pt", "out.last.pt", "out.jsonl"])
+def test_any_one_file_of_an_earlier_run_is_enough_to_refuse(run, tmp_path, left):
+    (tmp_path / left).write_text("precious")
+    assert_refused(run(tmp_path), left)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(left, "precious")]
+
+
+def test_overwrite_starts_anew(run, trained, tmp_path):
+    run(tmp_path, "--seed", 3)
+    assert run(tmp_path, "--overwrite").code == 0
+    assert [e["val_nll"] for e in evaluations(tmp_path / "out.jsonl")] == \
+        [e["val_nll"] for e in evaluations(trained / "out.jsonl")]
+    assert sum("args" in entry for entry in log_of(tmp_path / "out.jsonl")) == 1
+
+
+def test_a_command_that_failed_can_be_corrected_and_run_again(run, tmp_path):
+    assert run(tmp_path, "--dataset", "speeech").code != 0
+    assert run(tmp_path).code == 0
+
+
+# ----------------------------------------------------------------------------- scoring a checkpoint
+
+def test_eval_prints_the_figures_of_the_log_and_trains_nothing(run, trained):
+    before = {p.name: p.read_bytes() for p in trained.iterdir()}
+    result = run(trained, "--eval", "out.pt", "--device", "cpu", small=False)
+    assert result.code == 0, result.err
+    printed = json.loads(result.out.strip().splitlines()[-1])
+    best = min(evaluations(trained / "out.jsonl"), key=lambda entry: entry["val_nll"])
+    assert abs(printed["val_nll"] - best["val_nll"]) < 1e-5
+    assert printed["val_acc"] == best["val_acc"] and printed["unigram_nll"] == best["unigram_nll"]
+    assert printed["n_params"] == best["n_params"]
+    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+
+
+def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
+    folder = write_clips(tmp_path / "others", [0.9, 1.0])
+    result = run(trained, "--eval", "out.pt", "--dataset", folder, "--device", "cpu", small=False)
+    assert result.code == 0 and json.loads(result.out)["dataset"] == str(folder)
+
+
+# ----------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("options, words", [
+    (["--dataset", "speeech"], ["speeech", "speech", "music"]),
+    (["--codec", "minni"], ["minni", "encodec"]),
+    (["--no-such-option"], ["--no-such-option"]),
+    (["--step", 3], ["--step"]),
+    (["--context", 31], ["--context", "even"]),
+    (["--context", 0], ["--context"]),
+    (["--steps", 0], ["--steps"]),
+    (["--batch-size", "many"], ["--batch-size"]),
+    (["--accumulate", 3], ["--accumulate"]),
+    (["--model", "gpt-5"], ["gpt-5"]),
+    (["--device", "abacus"], ["abacus", "cpu"]),
+    (["--dropout", 1.5], ["--dropout"]),
+    (["--lr", -1], ["--lr"]),
+    (["--seed", -1], ["--seed"]),
+    (["--weight-decay", -1], ["--weight-decay"]),
+    (["--clip", 0], ["--clip"]),
+])
+def test_a_bad_option_is_one_clear_line(run, tmp_path, options, words):
+    assert_refused(run(tmp_path, *options), *words)
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_folder_without_audio_is_one_clear_line(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_refused(run(tmp_path, "--dataset", "empty"), "no audio files under empty")
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_any_work(run, tmp_path):
+    folder, before = write_clips(tmp_path / "own", [0.5, 0.5]), set(run.cache.iterdir())
+    assert_refused(run(tmp_path, "--dataset", folder, "--out", "nowhere/out.pt"), "nowhere")
+    assert set(run.cache.iterdir()) == before and not (tmp_path / "nowhere").exists()
+
+
+def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(run, trained, tmp_path):
+    good = (trained / "out.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(good[:len(good) // 2])
+    torch.save({"something": 1}, tmp_path / "foreign.pt")
+    for name in ("half.pt", "foreign.pt", "absent.pt"):
+        assert_refused(run(tmp_path, "--eval", name, small=False), name)
+
+
+def test_a_checkpoint_whose_codec_was_replaced_is_refused(run, tmp_path, tiny_codec_file):
+    codec = tmp_path / "codec.pt"
+    codec.write_bytes(tiny_codec_file.read_bytes())
+    assert run(tmp_path, "--codec", codec).code == 0
+    saved = torch.load(codec, weights_only=True)
+    saved["weights"] = {key: value * 1.5 for key, value in saved["weights"].items()}
+    torch.save(saved, codec)
+    other = load_codec(codec).checksum
+    assert_refused(run(tmp_path, "--eval", "out.pt", small=False), "codec", other)
+    assert_refused(run(tmp_path, "--resume", small=False), "codec")
+
+
+# ----------------------------------------------------------------------------- the schedule
+
+def test_the_learning_rate_warms_up_linearly_and_falls_to_a_tenth():
+    args = SimpleNamespace(lr=2.0, warmup=10, steps=110)
+    rates = [train.learning_rate(step, args) for step in range(111)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 0.2)
+    assert rates[10] == 2.0 and math.isclose(rates[60], 1.1) and math.isclose(rates[110], 0.2)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert train.learning_rate(0, SimpleNamespace(lr=2.0, warmup=0, steps=5)) == 2.0

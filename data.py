@@ -102,7 +102,9 @@ def split_clips(names):
     adding a file moves no other; at least one on each side.
     """
     tops = [name.split("/")[0] for name in names]
-    if {"train", "val"} == set(tops):
+    if {"train", "val"} <= set(tops):
+        if others := set(tops) - {"train", "val"}:
+            raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
         return [top == "val" for top in tops]
     hashes = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names]
     threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))
@@ -130,8 +132,9 @@ def prepare(dataset, codec, cache=CACHE, quiet=False):
         unfinished = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=cache))
         try:                                                  # only a finished cache ever gets the name
             _encode_dataset(unfinished, name, paths, names, codec, made_with, quiet)
-            shutil.rmtree(home, ignore_errors=True)
-            os.rename(unfinished, home)
+            if not (home / "meta.json").is_file():            # or has another process been faster?
+                shutil.rmtree(home, ignore_errors=True)
+                os.rename(unfinished, home)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return Dataset(home)

@@ -247,8 +247,8 @@ def load_checkpoint(path, device="cpu"):
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if checkpoint["format"] != "whisper-gpt-1":
-            raise KeyError("format")
+        if not isinstance(checkpoint, dict) or checkpoint.get("format") != "whisper-gpt-1":
+            raise TypeError("another format")
         model = HybridGPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError as error:

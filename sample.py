@@ -13,6 +13,7 @@ Each part remembers its own past (the model's keys and values, the decoder's lay
 a frame costs the same at any time. What the model is shown is the mel of what is really heard: the decoded audio.
 """
 import argparse
+import math
 import os
 import sys
 import time
@@ -88,10 +89,10 @@ def parse_arguments():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", default="sample.wav", help="with --num 3: sample-1.wav, sample-2.wav, sample-3.wav")
     args = parser.parse_args()
-    if args.seconds * FRAME_RATE < 1 or args.num < 1:
+    if not 1 <= args.seconds * FRAME_RATE < math.inf or args.num < 1:            # nan fails every comparison
         parser.error(f"--seconds must be at least one frame (1/{FRAME_RATE}) and --num at least 1")
-    if args.temperature < 0:
-        parser.error("--temperature must be 0 or more")
+    if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2**63:
+        parser.error("--temperature and --seed must be 0 or more")
     if args.top_k is not None and args.top_k < 1 or args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error("--top-k must be at least 1, --top-p in (0, 1]")
     return args
@@ -103,6 +104,10 @@ def main():
     names = [out] if args.num == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.num)]
     if out.suffix.lower() not in (".wav", ".flac") or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         sys.exit(f"error: cannot write {out}: --out takes a .wav or .flac file in an existing, writable folder")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(f"error: device '{args.device}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
     model, checkpoint = load_checkpoint(args.ckpt, args.device)
     codec = load_codec(args.codec or checkpoint["codec"], args.device, args.codec_dir)
     if codec.checksum != checkpoint["codec_checksum"]:
@@ -137,3 +142,5 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -41,11 +41,11 @@ def parse_arguments():
     add("--context", type=int, help="positions the model sees, 75 a second; even (default: the preset's)")
     add("--dropout", type=float, default=0.1)
     add = parser.add_argument_group("how to train").add_argument
-    add("--steps", type=int, default=600)
+    add("--steps", type=int, default=300)
     add("--batch-size", type=int, default=16, help="windows of one context each, per step")
     add("--accumulate", type=int, default=1, help="split each batch into so many, to save memory")
     add("--lr", type=float, default=3e-3, help="highest learning rate; warm-up, then cosine to a tenth")
-    add("--warmup", type=int, default=50, help="steps")
+    add("--warmup", type=int, default=30, help="steps")
     add("--weight-decay", type=float, default=0.1)
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help="of the weights, the batches and dropout")
@@ -63,12 +63,18 @@ def parse_arguments():
     for name in ("steps", "batch_size", "accumulate", "eval_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("warmup", "weight_decay", "seed"):
+        if not 0 <= getattr(args, name) < 2**63:              # false for nan, too
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
+    if not (0 < args.lr < math.inf and args.clip > 0 and 0 <= args.dropout < 1):
+        parser.error("--lr and --clip must be above 0, --dropout at least 0 and below 1")
     if args.context is not None and (args.context < 2 or args.context % 2):
         parser.error("--context must be an even number of positions, 2 or more")
     if args.batch_size % args.accumulate:
         parser.error(f"--accumulate {args.accumulate} must divide --batch-size {args.batch_size}")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
+    args.given = {word.split("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
     return args
 
 
@@ -109,8 +115,8 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
         nll = F.cross_entropy(logits.float().transpose(1, 2), targets.to(device), ignore_index=IGNORE,
                               reduction="none").sum(1)                            # (B,)
         correct += (logits.argmax(-1).cpu() == targets).sum().item()
-        np.add.at(sums, clip, nll.double().cpu().numpy())
-        np.add.at(counts, clip, (targets != IGNORE).sum(1).numpy())
+        np.add.at(sums, clip.numpy(), nll.double().cpu().numpy())
+        np.add.at(counts, clip.numpy(), (targets != IGNORE).sum(1).numpy())
     model.train()
     nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
     return {"val_nll": nll, "val_ppl": math.exp(nll), "val_acc": accuracy}, sums, counts
@@ -129,27 +135,26 @@ def main():
     device = choose_device(args.device)
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
-    state = None
 
-    # --- what the run is: from the command line, or from the run that is continued or scored
+    # --- what the run is: from the command line, or from the checkpoint that is scored or continued
+    checkpoint = None
     if args.eval:
         model, checkpoint = load_checkpoint(args.eval, device)
-        if not any(a.split("=")[0] == "--dataset" for a in sys.argv):
-            args.dataset = checkpoint["dataset"]
-        args.codec = checkpoint["codec"]
+        for name in {"dataset", "codec"} - args.given:
+            setattr(args, name, checkpoint[name])
     elif args.resume:
-        model, state = load_checkpoint(last, device)
-        if "optimizer" not in state:
-            raise CheckpointError(f"{last} holds a model but no training state: --resume needs the .last.pt file")
-        changed = [k for k, v in state["args"].items()
-                   if v != getattr(args, k) and any(a.split("=")[0] == f"--{k.replace('_', '-')}" for a in sys.argv)]
-        if changed:
-            sys.exit(f"error: --{changed[0].replace('_', '-')} differs from the run in {last} "
-                     f"({state['args'][changed[0]]}); --resume continues with the options it was started with")
-        vars(args).update(state["args"])
+        model, checkpoint = load_checkpoint(last, device)
+        if "optimizer" not in checkpoint:
+            raise CheckpointError(f"{last} holds a model but no training state: --resume needs the one that an "
+                                  "interrupted run leaves beside --out")
+        for name in sorted(args.given & checkpoint["args"].keys()):
+            if getattr(args, name) != checkpoint["args"][name]:
+                sys.exit(f"error: --{name.replace('_', '-')} differs from the run in {last} "
+                         f"({checkpoint['args'][name]}); --resume continues with the options it was started with")
+        vars(args).update(checkpoint["args"])
     else:
         for path in (out, last, log_path):
-            if path.exists() and not args.overwrite:
+            if path.exists() and path.stat().st_size and not args.overwrite:
                 sys.exit(f"error: {path} exists: choose another --out, continue it with --resume, or discard it "
                          "with --overwrite")
         args.model = args.model or ("hybrid" if device.type == "cuda" else "nano")
@@ -160,15 +165,15 @@ def main():
             sys.exit(f"error: cannot write {log_path} ({error.strerror}): choose another --out")
 
     codec = load_codec(args.codec, device, args.codec_dir)
+    if checkpoint and checkpoint["codec_checksum"] != codec.checksum:
+        raise CheckpointError(f"{args.eval or last} was trained on codes of codec {checkpoint['codec']} "
+                              f"({checkpoint['codec_checksum']}); {args.codec} here is {codec.checksum}")
     data = prepare(args.dataset, codec)
     unigram = data.unigram_nll()
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
     if args.eval:
-        if checkpoint["codec_checksum"] != codec.checksum:
-            raise CheckpointError(f"{args.eval} was trained on codes of codec {checkpoint['codec']} "
-                                  f"{checkpoint['codec_checksum']}, the one here is {codec.checksum}")
         figures, *_ = evaluate(model, data, args.batch_size, autocast)
         print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name, **figures,
                           "unigram_nll": unigram, "n_params": model.n_params()}))
@@ -176,7 +181,7 @@ def main():
 
     # --- model, optimiser
     torch.manual_seed(args.seed)
-    if state is None:
+    if not args.resume:
         config = PRESETS[args.model]
         config = type(config)(**{**vars(config), "dropout": args.dropout, "context": args.context or config.context})
         model = HybridGPT(config)
@@ -190,20 +195,24 @@ def main():
                                    {"params": others, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     step, tokens_seen, seconds, best = 0, 0, 0.0, math.inf
-    if state is not None:
-        if state["codec_checksum"] != codec.checksum or state["data_key"] != data.key:
-            raise CheckpointError(f"{last} was trained on other data or another codec than are here now")
-        optimizer.load_state_dict(state["optimizer"])
-        step, tokens_seen, seconds, best = (state[k] for k in ("step", "tokens_seen", "seconds", "best"))
-        torch.set_rng_state(state["rng"].cpu())
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+    if args.resume:
+        if checkpoint["data_key"] != data.key:
+            raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, tokens_seen, seconds, best = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "best"))
+        torch.set_rng_state(checkpoint["rng"].cpu())
+        if device.type == "cuda" and "cuda_rng" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
     forward = torch.compile(model) if (device.type == "cuda" if args.compile is None else args.compile) else model
 
-    # --- the log: what a continued run is about to do again is dropped from it
-    kept = [line for line in log_path.read_text().splitlines() if state and json.loads(line)["step"] <= step]
+    # --- the log: a continued run drops from it what it is about to do again
+    kept = []
+    for line in log_path.read_text().splitlines() if args.resume else ():
+        entry = json.loads(line) if line.endswith("}") else {"step": math.inf}            # cut off in mid-line
+        if entry["step"] < step or entry["step"] == step and "val_nll" not in entry:
+            kept.append(line + "\n")
     log.truncate(0)
-    log.writelines(line + "\n" for line in kept)
+    log.writelines(kept)
 
     def report(figures):
         log.write(json.dumps(figures) + "\n")
@@ -217,7 +226,8 @@ def main():
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
              "data_key": data.key}
-    report({"step": step, "args": vars(args), "n_params": n_params, **facts, "torch": torch.__version__})
+    options = {name: value for name, value in vars(args).items() if name not in ("given", "resume", "overwrite", "eval")}
+    report({"step": step, "args": options, "n_params": n_params, **facts, "torch": torch.__version__})
 
     stopped_by = []                                           # a signal ends the run after the step it falls into
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -240,7 +250,7 @@ def main():
             time_logged, tokens_logged = time.time(), tokens_seen
         if step % args.eval_every == 0 or step == args.steps or stopped_by:
             content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
-                                    seconds=seconds, best=best, rng=torch.get_rng_state(), args=vars(args), **facts)
+                                    seconds=seconds, best=best, rng=torch.get_rng_state(), args=options, **facts)
             if device.type == "cuda":
                 content["cuda_rng"] = torch.cuda.get_rng_state()
             save(last, content)
@@ -286,3 +296,5 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:                                 # before the first step; later the loop sees to it
+        sys.exit(130)

@@ -1,9 +1,12 @@
 """conftest.py: what all tests share. `python -m pytest` from the repository root runs them all."""
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"        # tests are tiny: a second thread, here or in a script they start, only waits
+
+import pytest                                                      # noqa: E402
+import torch                                                       # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -12,7 +15,6 @@ import tokens                                                      # noqa: E402 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers_whatever_ran_before():
-    torch.set_num_threads(2)
     torch.manual_seed(1)
 
 

@@ -267,10 +267,10 @@ def test_attention_depends_on_relative_positions_only():
 
 def test_rotation_keeps_lengths_and_turns_position_zero_not_at_all():
     torch.manual_seed(0)
-    x = torch.randn(2, 12, 2, 3, 16)
+    x = torch.randn(2, 3, 12, 16)
     turned = rotate(x, rotary_angles(0, 12, 16))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    assert torch.equal(turned[:, 0], x[:, 0]) and not torch.allclose(turned[:, 1], x[:, 1])
+    assert torch.equal(turned[:, :, 0], x[:, :, 0]) and not torch.allclose(turned[:, :, 1], x[:, :, 1])
 
 
 # ----------------------------------------------------------------------------- checkpoints

@@ -267,7 +267,7 @@ def test_resuming_after_the_data_changed_is_refused(run, clips, tmp_path):
     run(tmp_path, "--dataset", folder)
     log = (tmp_path / "out.jsonl").read_bytes()
     os.utime(folder / "0.wav", ns=(1, 1))
-    assert_refused(run(tmp_path, "--resume", small=False), "other data")
+    assert_refused(run(tmp_path, "--resume", small=False), "other audio")
     assert (tmp_path / "out.jsonl").read_bytes() == log
 
 

@@ -10,7 +10,7 @@ The discrete side makes the output a distribution that can be sampled and scored
 coarse code has thrown away, without a single position more (Whisper-GPT, arXiv 2412.11449, figure 1). A token-only
 GPT and a mel-only model are this same class with one branch switched off.
 
-Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention and a SiLU MLP; no biases.
+Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention, a SiLU MLP, no biases.
 
     >>> model = HybridGPT(PRESETS["hybrid"])
     >>> logits, loss = model(codes, mel, targets)        # (B, K, T), (B, T, 80), (B, T) -> (B, T, 1024), scalar
@@ -45,12 +45,12 @@ class Config:
 PRESETS = {
     # the paper's three, and gpt-m: a token-only model of the hybrid's size
     "gpt-s":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024, use_mel=False),
-    "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1173, use_mel=False),
+    "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1141, use_mel=False),
     "hybrid":   Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024),
     "gpt-l":    Config(n_layer=12, n_head=8, n_embd=512, n_inner=2048, use_mel=False),
     # learns something on two CPU cores in minutes, and its token-only twin
     "nano":     Config(n_layer=4, n_head=4, n_embd=128, n_inner=512, n_mel_embd=96, context=256),
-    "nano-gpt": Config(n_layer=4, n_head=4, n_embd=128, n_inner=644, use_mel=False, context=256),
+    "nano-gpt": Config(n_layer=4, n_head=4, n_embd=128, n_inner=620, use_mel=False, context=256),
 }
 
 
@@ -69,7 +69,7 @@ def rotary_angles(start, length, head_dim):
 
 
 def rotate(x, rotary):
-    """Turn each pair of channels of x (B, H, T, D) by its position's angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Turn each pair of channels of x (B, H, T, D) by its angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
     cos, sin = rotary
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
@@ -163,7 +163,7 @@ class HybridGPT(nn.Module):
             self.register_buffer("mel_std", torch.ones(c.n_mels))
             self.mel_in = nn.Linear(c.n_mels, c.n_mel_embd, bias=False)
             self.mel_blocks = nn.ModuleList(
-                Block(c.n_mel_embd, 4 * c.n_mel_embd, head_dim, c.dropout) for _ in range(c.n_mel_layer))
+                Block(c.n_mel_embd, 2 * c.n_mel_embd, head_dim, c.dropout) for _ in range(c.n_mel_layer))
             self.fuse = nn.Linear(c.n_embd * c.use_codes + c.n_mel_embd, c.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(c.n_embd, c.n_inner, head_dim, c.dropout) for _ in range(c.n_layer))
         self.head = nn.Linear(c.n_embd, CODEBOOK_SIZE, bias=False)

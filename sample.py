@@ -73,21 +73,21 @@ def generate(model, codec, n_frames, num=1, prompt=None, **how):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Generate audio from a checkpoint of train.py.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Generate audio from a checkpoint of train.py.", allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt", default="out.pt", help="checkpoint of train.py")
+    add("--ckpt", default="out.pt", help="checkpoint of train.py (default: %(default)s)")
     add("--prompt", help="audio file to continue")
-    add("--seconds", type=float, default=5.0, help="of new audio")
-    add("--num", type=int, default=1, help="how many, generated side by side")
-    add("--temperature", type=float, default=0.9, help="0: always the likeliest code")
+    add("--seconds", type=float, default=5.0, help="of new audio (default: %(default)s)")
+    add("--num", type=int, default=1, help="how many, generated side by side (default: %(default)s)")
+    add("--temperature", type=float, default=0.9, help="0: always the likeliest code (default: %(default)s)")
     add("--top-k", type=int, help="draw among the k likeliest codes only")
     add("--top-p", type=float, help="draw among the likeliest codes that hold this much probability")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="default: %(default)s")
     add("--codec", help="codec to decode with (default: the one the checkpoint names)")
     add("--codec-dir", help="folder with EnCodec's weights")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", default="sample.wav", help="with --num 3: sample-1.wav, sample-2.wav, sample-3.wav")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--out", default="sample.wav",
+        help="with --num 3: sample-1.wav, sample-2.wav, sample-3.wav (default: %(default)s)")
     args = parser.parse_args()
     if not 1 <= args.seconds * FRAME_RATE < math.inf or args.num < 1:            # nan fails every comparison
         parser.error(f"--seconds must be at least one frame (1/{FRAME_RATE}) and --num at least 1")

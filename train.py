@@ -30,32 +30,34 @@ from tokens import CodecError, load_codec
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Train a hybrid audio language model, or its token-only twin.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False,
+                                     description="Train a hybrid audio language model, or its token-only twin.")
     add = parser.add_argument_group("what to train on").add_argument
-    add("--dataset", default="speech", help="speech, music, or a folder of audio files")
-    add("--codec", default="mini", help="mini, encodec, or a file of assets/train_codec.py")
+    add("--dataset", default="speech", help="speech, music, or a folder of audio files (default: %(default)s)")
+    add("--codec", default="mini", help="mini, encodec, or a file of assets/train_codec.py (default: %(default)s)")
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, help="preset of model.py (default: hybrid on a GPU, nano without one)")
     add("--context", type=int, help="positions the model sees, 75 a second; even (default: the preset's)")
-    add("--dropout", type=float, default=0.1)
+    add("--dropout", type=float, default=0.1, help="default: %(default)s")
     add = parser.add_argument_group("how to train").add_argument
-    add("--steps", type=int, default=300)
-    add("--batch-size", type=int, default=16, help="windows of one context each, per step")
-    add("--accumulate", type=int, default=1, help="split each batch into so many, to save memory")
-    add("--lr", type=float, default=3e-3, help="highest learning rate; warm-up, then cosine to a tenth")
-    add("--warmup", type=int, default=30, help="steps")
-    add("--weight-decay", type=float, default=0.1)
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--seed", type=int, default=0, help="of the weights, the batches and dropout")
-    add("--eval-every", type=int, default=100, help="steps between evaluations")
+    add("--steps", type=int, default=300, help="default: %(default)s")
+    add("--batch-size", type=int, default=16, help="windows of one context each, per step (default: %(default)s)")
+    add("--accumulate", type=int, default=1,
+        help="split each batch into so many, to save memory (default: %(default)s)")
+    add("--lr", type=float, default=3e-3,
+        help="highest learning rate; warm-up, then cosine to a tenth (default: %(default)s)")
+    add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the weights, the batches and dropout (default: %(default)s)")
+    add("--eval-every", type=int, default=100, help="steps between evaluations (default: %(default)s)")
     add = parser.add_argument_group("where to run").add_argument
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: bfloat16 on cuda)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda only)")
     add = parser.add_argument_group("files").add_argument
-    add("--out", default="out.pt", help="checkpoint; OUT.last.pt and OUT.jsonl stand beside it")
+    add("--out", default="out.pt", help="checkpoint; OUT.last.pt and OUT.jsonl stand beside it (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run of --out, with the options it was started with")
     add("--overwrite", action="store_true", help="start anew although --out exists")
     add("--eval", metavar="CKPT", help="print a checkpoint's validation figures and stop")
@@ -226,7 +228,7 @@ def main():
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
              "data_key": data.key}
-    options = {name: value for name, value in vars(args).items() if name not in ("given", "resume", "overwrite", "eval")}
+    options = {k: v for k, v in vars(args).items() if k not in ("given", "resume", "overwrite", "eval")}
     report({"step": step, "args": options, "n_params": n_params, **facts, "torch": torch.__version__})
 
     stopped_by = []                                           # a signal ends the run after the step it falls into

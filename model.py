@@ -173,10 +173,12 @@ class HybridGPT(nn.Module):
             # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
-        if c.use_mel:                          # inputs of variance 1 should enter the stream with variance 1
+        # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too
+        if c.use_mel:
             nn.init.normal_(self.mel_in.weight, std=c.n_mels ** -0.5)
-        if c.use_codes and c.use_mel:
+        if c.use_codes:
             nn.init.normal_(self.code_embedding.weight, std=1.0)
+        if c.use_mel:
             nn.init.normal_(self.fuse.weight, std=self.fuse.in_features ** -0.5)
 
     def n_params(self):

@@ -176,9 +176,10 @@ def main():
     autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
     if args.eval:
-        figures, *_ = evaluate(model, data, args.batch_size, autocast)
+        figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
         print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name, **figures,
-                          "unigram_nll": unigram, "n_params": model.n_params()}))
+                          "unigram_nll": unigram, "n_params": model.n_params(),
+                          "clip_nll": (sums / counts).round(4).tolist()}))
         return
 
     # --- model, optimiser
@@ -228,7 +229,7 @@ def main():
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
              "data_key": data.key}
-    options = {k: v for k, v in vars(args).items() if k not in ("given", "resume", "overwrite", "eval")}
+    options = {k: v for k, v in vars(args).items() if k not in ("given", "out", "resume", "overwrite", "eval")}
     report({"step": step, "args": options, "n_params": n_params, **facts, "torch": torch.__version__})
 
     stopped_by = []                                           # a signal ends the run after the step it falls into

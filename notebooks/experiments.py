@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
 MODELS = ("nano", "nano-gpt")
-LEARNING_RATES = ("1.5e-3", "3e-3", "6e-3")
+LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2")
 SEEDS = (0, 1, 2)
 
 

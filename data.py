@@ -29,8 +29,10 @@ import torch
 from tqdm import tqdm
 
 from mel import FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, StreamingLogMel
+from tokens import CODEBOOK_SIZE
 
-START, IGNORE = 1024, -1             # as in model.py: the code before a clip, and a target that does not count
+START = CODEBOOK_SIZE                # as in model.py: the code shown before a clip
+IGNORE = -1                          # a target that does not count
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
@@ -82,13 +84,13 @@ def encode_file(path, codec):
 
 # ----------------------------------------------------------------------------- preparing a dataset
 
-def find_audio(dataset):
+def find_audio(dataset, cache=CACHE):
     """A bundled dataset's name or a folder -> (folder, sorted paths of the audio files under it)."""
-    folder = BUNDLED.get(dataset, Path(dataset))
+    folder = BUNDLED.get(dataset, Path(dataset).expanduser())
     if not folder.is_dir():
         raise DataError(f"no dataset '{dataset}': use {', '.join(BUNDLED)}, or the path of a folder of audio files")
-    if CACHE.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{folder} contains this program's cache ({CACHE}): choose a folder of audio only")
+    if Path(cache).resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{folder} contains this program's cache ({cache}): choose a folder of audio only")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         raise DataError(f"no audio files under {folder} (looked for wav, flac, ogg, mp3 and the like)")
@@ -99,7 +101,8 @@ def split_clips(names):
     """Which clips validate: bool per name (relative path).
 
     With top-level folders train/ and val/, those in val/. Otherwise the tenth or so whose path hashes low, so that
-    adding a file moves no other; at least one on each side.
+    adding a file moves no other, but for the one that a small folder needs on either side. Raises DataError where
+    train/ and val/ have a neighbour: nobody could tell which side it belongs to.
     """
     tops = [name.split("/")[0] for name in names]
     if {"train", "val"} <= set(tops):
@@ -119,8 +122,9 @@ def prepare(dataset, codec, cache=CACHE, quiet=False):
     mel settings. Files that cannot be used are skipped and named in one line.
     Raises DataError if there is no such dataset or nothing in it can be used.
     """
-    folder, paths = find_audio(dataset)
+    folder, paths = find_audio(dataset, cache)
     names = [path.relative_to(folder).as_posix() for path in paths]
+    split_clips(names)                                        # an unclear split is found now, not after encoding
     files = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in zip(names, paths)]
     made_with = {"format": 1, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mel_floor": FLOOR}
@@ -281,7 +285,7 @@ class Dataset:
 
     def unigram_nll(self):
         """Cross-entropy (nats) of the validation targets under add-one counts of the training targets."""
-        train, val = (np.bincount(np.concatenate([self.codes[a:b, 0] for a, b in clips]), minlength=START)
+        train, val = (np.bincount(np.concatenate([self.codes[a:b, 0] for a, b in clips]), minlength=CODEBOOK_SIZE)
                       for clips in (self.train, self.val))
-        log_p = np.log((train + 1) / (train.sum() + START))
+        log_p = np.log((train + 1) / (train.sum() + CODEBOOK_SIZE))
         return float(-(val * log_p).sum() / val.sum())

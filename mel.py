@@ -6,9 +6,9 @@ mel.py: from a waveform to a causal log-mel spectrogram, every step on the page.
 The one unusual choice is *when* a frame looks. Frame t belongs to samples [t*HOP, (t+1)*HOP), the samples that
 one column of codec tokens stands for, and its window ends exactly there:
 
-    samples   0        320       640       960       1280
-    frame 2   ├─ zeros ─┤─────────────────── ┤             window = wave[960 - 1024 : 960]
-                                             └ (t+1)*HOP: not one sample later
+    samples  -64  0          320          640          960          1280
+    frame 2   ├───┼───────────────────────────────────┤             window = wave[-64 : 960], zeros before the clip
+              zeros                                   └ (t+1)*HOP = 960: not one sample later
 
 The usual centred window reaches past (t+1)*HOP, into the audio of the token that a model at this position has to
 predict. That makes the likelihood look better than it is, and cannot be done while sampling. `lookahead` lets the
@@ -83,7 +83,7 @@ def _constants(n_fft, n_mels, device):
 def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
     """Cut overlapping windows: frame t is wave[(t+1)*hop + lookahead - n_fft : (t+1)*hop + lookahead].
 
-    wave (..., N) -> (..., N // hop, n_fft), a view without copies. Samples before the start and after the end are
+    wave (..., N) -> (..., N // hop, n_fft), a view of the padded wave. Samples before the start and after the end are
     zero. Raises ValueError if lookahead is not in [0, n_fft - hop].
     """
     if not 0 <= lookahead <= n_fft - hop:

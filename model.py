@@ -45,12 +45,12 @@ class Config:
 PRESETS = {
     # the paper's three, and gpt-m: a token-only model of the hybrid's size
     "gpt-s":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024, use_mel=False),
-    "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1141, use_mel=False),
+    "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1141, use_mel=False),        # as large as hybrid
     "hybrid":   Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024),
     "gpt-l":    Config(n_layer=12, n_head=8, n_embd=512, n_inner=2048, use_mel=False),
     # learns something on two CPU cores in minutes, and its token-only twin
     "nano":     Config(n_layer=4, n_head=4, n_embd=128, n_inner=512, n_mel_embd=96, context=256),
-    "nano-gpt": Config(n_layer=4, n_head=4, n_embd=128, n_inner=620, use_mel=False, context=256),
+    "nano-gpt": Config(n_layer=4, n_head=4, n_embd=128, n_inner=620, use_mel=False, context=256),  # as nano
 }
 
 
@@ -254,7 +254,7 @@ def load_checkpoint(path, device="cpu"):
         model = HybridGPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError as error:
-        raise CheckpointError(f"no checkpoint {path}: train one with `python train.py --out {path}`") from error
+        raise CheckpointError(f"no checkpoint {path}: train.py writes one") from error
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
         raise CheckpointError(f"{path} is not a whole checkpoint written by train.py "
                               f"({type(error).__name__})") from error

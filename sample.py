@@ -10,7 +10,7 @@ One frame, 1/75 s, at a time, around one loop:
     └── code and mel of this frame ◀────────────────────── log-mel ◀──────┘
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
-a frame costs the same at any time. What the model is shown is the mel of what is really heard: the decoded audio.
+no frame costs more than one with a full context. What the model is shown is the mel of what is really heard: the decoded audio.
 """
 import argparse
 import math
@@ -44,7 +44,7 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if top_p is not None:
         p, order = logits.softmax(-1).sort(descending=True)
         before = p.cumsum(-1) - p                             # probability of the codes likelier than this one
-        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), -torch.inf)
+        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), -torch.inf)      # sorting undone
     return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
 
 
@@ -134,7 +134,7 @@ def main():
         soundfile.write(name, wave, SAMPLE_RATE, subtype="PCM_16")
     print(f"{', '.join(map(str, names))}: {seconds:.2f} s"
           + (f", the first {prompt.shape[-1] / FRAME_RATE:.2f} s of it the prompt" if args.prompt else "")
-          + f" ({args.num * seconds / (time.time() - start):.2f} x real time)")
+          + f" ({seconds / (time.time() - start):.2f} x real time)")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ train.py: the training loop, on one GPU or on the CPU.
 
     python train.py --dataset speech                        a hybrid on the bundled speech -> out.pt
     python train.py --dataset speech --model nano-gpt --out gpt.pt        its token-only twin, same batches
-    python train.py --dataset ~/recordings --model hybrid   your own folder of audio
+    python train.py --dataset ~/recordings --out mine.pt    your own folder of audio
     python train.py --resume                                go on after an interruption, from out.last.pt
     python train.py --eval out.pt                           score a checkpoint, train nothing
 
@@ -12,6 +12,7 @@ that was printed. An evaluation is the whole validation split in fixed order, so
 """
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -60,7 +61,7 @@ def parse_arguments():
     add("--out", default="out.pt", help="checkpoint; OUT.last.pt and OUT.jsonl stand beside it (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run of --out, with the options it was started with")
     add("--overwrite", action="store_true", help="start anew although --out exists")
-    add("--eval", metavar="CKPT", help="print a checkpoint's validation figures and stop")
+    add("--eval", metavar="CKPT", help="print a checkpoint's validation figures, each clip's NLL too, and stop")
     args = parser.parse_args()
     for name in ("steps", "batch_size", "accumulate", "eval_every"):
         if getattr(args, name) < 1:
@@ -72,6 +73,8 @@ def parse_arguments():
         parser.error("--lr and --clip must be above 0, --dropout at least 0 and below 1")
     if args.context is not None and (args.context < 2 or args.context % 2):
         parser.error("--context must be an even number of positions, 2 or more")
+    if not args.out.endswith(".pt"):
+        parser.error(f"--out {args.out} must end in .pt")
     if args.batch_size % args.accumulate:
         parser.error(f"--accumulate {args.accumulate} must divide --batch-size {args.batch_size}")
     if args.resume and args.overwrite:
@@ -116,8 +119,8 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
             logits, _ = model(codes.to(device), mel.to(device))
         nll = F.cross_entropy(logits.float().transpose(1, 2), targets.to(device), ignore_index=IGNORE,
                               reduction="none").sum(1)                            # (B,)
-        correct += (logits.argmax(-1).cpu() == targets).sum().item()
-        np.add.at(sums, clip.numpy(), nll.double().cpu().numpy())
+        correct += (logits.argmax(-1).cpu() == targets).sum().item()              # IGNORE is never an argmax
+        np.add.at(sums, clip.numpy(), nll.cpu().double().numpy())
         np.add.at(counts, clip.numpy(), (targets != IGNORE).sum(1).numpy())
     model.train()
     nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
@@ -186,7 +189,7 @@ def main():
     torch.manual_seed(args.seed)
     if not args.resume:
         config = PRESETS[args.model]
-        config = type(config)(**{**vars(config), "dropout": args.dropout, "context": args.context or config.context})
+        config = dataclasses.replace(config, dropout=args.dropout, context=args.context or config.context)
         model = HybridGPT(config)
         model.set_mel_statistics(data.meta["mel_mean"], data.meta["mel_std"])
         model.to(device)
@@ -229,8 +232,11 @@ def main():
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
              "data_key": data.key}
-    options = {k: v for k, v in vars(args).items() if k not in ("given", "out", "resume", "overwrite", "eval")}
-    report({"step": step, "args": options, "n_params": n_params, **facts, "torch": torch.__version__})
+    where = ("given", "out", "resume", "overwrite", "eval", "device", "dtype", "compile", "codec_dir")
+    options = {k: v for k, v in vars(args).items() if k not in where}         # what makes the run what it is
+    report({"step": step, "args": options, "n_params": n_params, "context": context, **facts, "device": str(device),
+            "dtype": dtype, "torch": torch.__version__, "uniform_nll": math.log(CODEBOOK_SIZE), "unigram_nll": unigram,
+            "train_frames": data.meta["train_frames"], "val_frames": data.meta["val_frames"]})
 
     stopped_by = []                                           # a signal ends the run after the step it falls into
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -241,7 +247,7 @@ def main():
     while True:
         seconds = time.time() - start
         if step % args.eval_every == 0 or step == args.steps:
-            figures, *_ = evaluate(model, data, args.batch_size, autocast)
+            figures, *_ = evaluate(model, data, args.batch_size, autocast)        # not `forward`: nothing to compile
             report({"step": step, **figures, "unigram_nll": unigram, "n_params": n_params,
                     "tokens_seen": tokens_seen, "seconds": round(seconds, 1)})
             better = figures["val_nll"] < best

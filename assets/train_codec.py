@@ -9,8 +9,8 @@ An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser betwee
 
   1. the autoencoder alone, until its latents mean something; then each codebook is fitted by k-means to what the
      codebooks before it left over;
-  2. everything together. The decoder sees the latents through 1 to 8 codebooks, another number for every clip of
-     the batch, so that any number decodes; codebooks follow their latents by moving averages; the gradient passes
+  2. everything together. The decoder sees the latents through 1, 2, 4 or 8 codebooks, another number for every clip
+     of the batch, so that any number decodes; codebooks follow their latents by moving averages; the gradient passes
      straight through the quantiser, and a commitment term at *each* codebook pulls the residual towards its choice.
 
 The loss is the distance between log-mel spectrograms at four window lengths (L1 + L2) plus the waveform's L1,
@@ -255,7 +255,7 @@ def main():
     args = parser.parse_args()
 
     train, held_out = load(args.data)
-    held_out = {Path(f).name: h for f, h in zip(args.data, held_out)}
+    held_out = dict(zip(args.data, held_out))
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
     config = dict(n_filters=args.n_filters, dimension=args.dimension, lstm=args.lstm)

@@ -22,37 +22,44 @@ ROOT = Path(__file__).parent.parent
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
 MODELS = ("nano", "nano-gpt")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2")
-SEEDS = (0, 1, 2)
 
 
 def machine():
-    """The processor and the PyTorch that a result was measured with."""
+    """The processor, and how much of it a run gets."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
     return f"{cpu}, 1 thread"
 
 
+def label(dataset):
+    """A dataset's short name; of a folder the last two parts, so that nobody's `speech` passes for the bundled one."""
+    return dataset if dataset in ("speech", "music") else "-".join(Path(dataset).resolve().parts[-2:])
+
+
 def run(dataset, model, lr, seed):
     """Train once, unless that is done; return the result: the best evaluation and what it was made with."""
-    name = f"{Path(dataset).name}-{model}-lr{lr}-seed{seed}"
+    name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
     result = RESULTS / f"{name}.json"
     if not result.exists():
         out = RUNS / f"{name}.pt"
-        options = ["--dataset", dataset, "--model", model, "--lr", lr, "--seed", str(seed), "--device", "cpu"]
+        place = dataset if dataset == label(dataset) else str(Path(dataset).resolve())
+        options = ["--dataset", place, "--model", model, "--lr", lr, "--seed", str(seed), "--device", "cpu"]
         again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
         with open(out.with_suffix(".txt"), "a") as text:
             subprocess.run([sys.executable, str(ROOT / "train.py"), *options, *again, "--out", str(out)], check=True,
                            cwd=ROOT, stdout=text, stderr=text, env={**os.environ, "OMP_NUM_THREADS": "1"})
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         evaluations = [entry for entry in log if "val_nll" in entry]
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-        content = {"command": "python train.py " + " ".join(options), "dataset": Path(dataset).name, "model": model,
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
+                                text=True).stdout
+        content = {"command": "python train.py " + " ".join(options).replace(place, dataset), "dataset": label(dataset), "model": model,
                    "lr": lr, "seed": seed, "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
                    "best": min(evaluations, key=lambda e: e["val_nll"]), "seconds": evaluations[-1]["seconds"],
                    "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],
                    "machine": machine(), "torch": log[0]["torch"], "commit": commit.strip()}
         result.write_text(json.dumps(content, indent=1) + "\n")
+        out.with_suffix(".last.pt").unlink()                  # nothing is left to continue
     return json.loads(result.read_text())
 
 
@@ -60,11 +67,11 @@ def table(datasets):
     """A markdown table from results/: for each model its best learning rate, then mean and spread over the seeds."""
     lines = ["| dataset | model | parameters | lr | val NLL, seeds 0 1 2 | mean ± sd | perplexity | accuracy | unigram |",
              "|---|---|---|---|---|---|---|---|---|"]
-    for dataset in map(lambda d: Path(d).name, datasets):
+    for dataset in map(label, datasets):
         means = {}
         for model in MODELS:
             found = [json.loads(p.read_text()) for p in RESULTS.glob(f"{dataset}-{model}-lr*.json")]
-            first = [r for r in found if r["seed"] == 0]
+            first = [r for r in found if r["seed"] == 0 and r["lr"] in LEARNING_RATES]
             if not first:
                 continue
             lr = min(first, key=lambda r: r["best"]["val_nll"])["lr"]
@@ -80,6 +87,9 @@ def table(datasets):
             gains = [b - a for a, b in zip(*means.values())]
             lines.append(f"| {dataset} | gain of the mel | | | {' '.join(f'{g:+.3f}' for g in gains)} | "
                          f"{statistics.mean(gains):+.3f} | | | |")
+    if len(lines) > 2:
+        made = {(r["codec"], r["codec_checksum"], r["machine"], r["torch"]) for r in found}
+        lines += ["", *(f"Codec {c} ({checksum}), {cpu}, torch {torch}." for c, checksum, cpu, torch in made)]
     return "\n".join(lines)
 
 
@@ -95,11 +105,11 @@ def main():
             folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
             search = [(d, m, lr) for d in args.datasets for lr in LEARNING_RATES for m in MODELS]
-            found = list(pool.map(lambda r: run(*r, SEEDS[0]), search))
+            found = list(pool.map(lambda r: run(*r, 0), search))
             best = {}                                         # (dataset, model) -> (NLL, learning rate)
             for (dataset, model, lr), result in zip(search, found):
                 best[dataset, model] = min(best.get((dataset, model), (9e9, lr)), (result["best"]["val_nll"], lr))
-            more = [(*key, lr, seed) for seed in SEEDS[1:args.seeds] for key, (_, lr) in best.items()]
+            more = [(*key, lr, seed) for seed in range(1, args.seeds) for key, (_, lr) in best.items()]
             list(pool.map(lambda r: run(*r), more))
     print(table(args.datasets))
 

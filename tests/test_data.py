@@ -261,6 +261,11 @@ def test_two_files_give_one_of_each_side_whatever_their_names():
     assert all(sorted(split_clips([f"a{i}", f"b{i}"])) == [False, True] for i in range(200))
 
 
+def test_a_third_folder_beside_train_and_val_is_refused():
+    with pytest.raises(DataError, match="test"):
+        split_clips(["train/a.wav", "val/b.wav", "test/c.wav"])
+
+
 def test_top_level_folders_train_and_val_decide_the_split(tmp_path, tiny_codec):
     clips(tmp_path / "in" / "train", n=2)
     clips(tmp_path / "in" / "val" / "deeper", n=3)

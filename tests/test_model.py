@@ -273,6 +273,15 @@ def test_rotation_keeps_lengths_and_turns_position_zero_not_at_all():
     assert torch.equal(turned[:, :, 0], x[:, :, 0]) and not torch.allclose(turned[:, :, 1], x[:, :, 1])
 
 
+@EACH
+def test_what_enters_the_stack_has_variance_one_whichever_branches_there_are(config):
+    model = HybridGPT(replace(config, n_embd=128, n_inner=256, n_mel_embd=128, context=64))
+    entered = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    model(torch.randint(1024, (4, 1, 64)), torch.randn(4, 64, 80))
+    assert 0.8 < entered[0].std() < 1.2
+
+
 # ----------------------------------------------------------------------------- checkpoints
 
 class Malicious:

@@ -252,7 +252,7 @@ def test_resuming_a_finished_run_changes_no_figure(run, tmp_path):
 
 
 def test_resuming_with_another_option_is_refused(run, trained):
-    assert_refused(run(trained, "--resume", "--lr", 0.5, small=False), "--lr", "0.003")
+    assert_refused(run(trained, "--resume", "--lr", 0.5, small=False), "--lr", "0.006")
     assert_refused(run(trained, "--resume", "--batch-size=4", small=False), "--batch-size")
     assert_refused(run(trained, "--resume", "--overwrite", small=False), "--overwrite")
 
@@ -355,6 +355,7 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--step", 3], ["--step"]),
     (["--context", 31], ["--context", "even"]),
     (["--context", 0], ["--context"]),
+    (["--out", "run-lr1.5e-3"], ["--out", ".pt"]),
     (["--steps", 0], ["--steps"]),
     (["--batch-size", "many"], ["--batch-size"]),
     (["--accumulate", 3], ["--accumulate"]),

@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, C // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1))
         q, k = rotate(q, rotary), rotate(k, rotary)                               # (B, H, T, D) each
         if cache is not None:
             k, v = cache.extend(self, k, v)

@@ -46,14 +46,15 @@ def run(dataset, model, lr, seed):
         place = dataset if dataset == label(dataset) else str(Path(dataset).resolve())
         options = ["--dataset", place, "--model", model, "--lr", lr, "--seed", str(seed), "--device", "cpu"]
         again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
+                                text=True).stdout             # now: the tree may change while the run goes on
         with open(out.with_suffix(".txt"), "a") as text:
             subprocess.run([sys.executable, str(ROOT / "train.py"), *options, *again, "--out", str(out)], check=True,
                            cwd=ROOT, stdout=text, stderr=text, env={**os.environ, "OMP_NUM_THREADS": "1"})
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         evaluations = [entry for entry in log if "val_nll" in entry]
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
-                                text=True).stdout
-        content = {"command": "python train.py " + " ".join(options).replace(place, dataset), "dataset": label(dataset), "model": model,
+        command = "python train.py " + " ".join(options).replace(place, dataset)
+        content = {"command": command, "dataset": label(dataset), "model": model,
                    "lr": lr, "seed": seed, "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
                    "best": min(evaluations, key=lambda e: e["val_nll"]), "seconds": evaluations[-1]["seconds"],
                    "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],

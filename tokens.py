@@ -208,10 +208,10 @@ class Codec:
 
 # ----------------------------------------------------------------------------- which weights
 
-def build_mini(n_filters, dimension, lstm, n_codebooks=8, norm="none"):
-    """A small causal EncodecModel at EnCodec's rates, zero padding. With norm="weight_norm" it can be trained."""
+def build_mini(n_filters, dimension, lstm, n_codebooks=8):
+    """A small causal EncodecModel at EnCodec's rates, zero padding, untrained."""
     shape = dict(n_filters=n_filters, dimension=dimension, lstm=lstm, ratios=[8, 5, 4, 2], causal=True,
-                 pad_mode="constant", norm=norm)
+                 pad_mode="constant", norm="none")
     with warnings.catch_warnings():                           # torch deprecates the weight_norm that encodec calls
         warnings.simplefilter("ignore")
         return EncodecModel(SEANetEncoder(**shape), SEANetDecoder(**shape),

@@ -1,0 +1,111 @@
+"""The codec's training: python -m pytest tests/test_train_codec.py"""
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "assets"))
+
+import tokens                                                      # noqa: E402
+import train_codec                                                 # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def speech():
+    """Four seconds from each of eight bundled clips, (8, 96000)."""
+    paths = sorted((ROOT / "assets/speech/val").glob("*.ogg"))[:8]
+    return torch.stack([torch.from_numpy(soundfile.read(path, dtype="float32")[0][:96_000]) for path in paths])
+
+
+@torch.no_grad()
+def test_an_initialised_but_untrained_codec_passes_the_waveform(speech):
+    model = tokens.build_mini(n_filters=16, dimension=128, lstm=1)
+
+    def correlation():
+        out = model.decoder(model.encoder(speech[:, None]))
+        return torch.corrcoef(torch.stack([out.flatten(), speech.flatten()]))[0, 1].item()
+
+    assert abs(correlation()) < 0.2                                                     # PyTorch's own weights
+    train_codec.initialise(model, speech)
+    assert correlation() > 0.5
+
+
+@torch.no_grad()
+def test_clips_are_quantised_by_as_many_codebooks_as_asked():
+    quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4, 16, 100)
+    train_codec.fit_codebooks(quantizer, torch.randn(2000, 16), rounds=2)
+    codes = quantizer.vq.encode(latents)                                                # (8, 4, 100)
+    expected = [quantizer.vq.decode(codes[:k, i:i + 1])[0] for i, k in enumerate((1, 2, 4, 8))]
+    quantised = train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]))
+    torch.testing.assert_close(quantised, torch.stack(expected), atol=1e-5, rtol=0)
+
+
+def test_k_means_leaves_less_over_with_every_codebook_and_uses_all_codes(capsys):
+    quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4000, 16)
+    train_codec.fit_codebooks(quantizer, latents, rounds=4)
+    left = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(left) == 8 and left == sorted(left, reverse=True) and left[-1] < 0.3 * left[0]
+    codes = train_codec.nearest(latents, quantizer.vq.layers[0]._codebook.embed)
+    assert train_codec.perplexity(codes) > 700
+
+
+def test_the_envelope_holds_most_of_a_log_mel_in_a_quarter_of_the_latents(speech):
+    bands = train_codec.log_bands(speech, 1024, 80, 320)                                # (8, 300, 80)
+    some = train_codec.Envelope(speech, 32)(speech)                                     # (8, 32, 300)
+    everything = train_codec.Envelope(speech, 80)(speech)
+    assert some.shape == (8, 32, 300)
+    assert some.var((0, 2)).sum() > 0.95 * everything.var((0, 2)).sum()
+    assert everything.var((0, 2)).sum() == pytest.approx(bands.var((0, 1)).mean().item() / 4, rel=0.02)
+
+
+def test_the_balancer_gives_each_gradient_its_share_whatever_its_scale():
+    ones, step = torch.ones(4, 1000), torch.arange(1000).expand(4, -1) % 2 * 2.0 - 1
+    gradient = train_codec.balance({"mel": 1000 * ones, "wave": 1e-3 * step}, norms={})
+    share = {name: (gradient * way).sum(1).abs().mean() for name, way in (("mel", ones), ("wave", step))}
+    assert share["mel"] / share["wave"] == pytest.approx(train_codec.WEIGHTS["mel"] / train_codec.WEIGHTS["wave"], rel=1e-3)
+
+
+class Spectrogram(torch.nn.Module):
+    """What encodec.msstftd uses of torchaudio.transforms.Spectrogram, which a CPU build of torch cannot load."""
+
+    def __init__(self, n_fft, hop_length, window_fn, **_):
+        super().__init__()
+        self.n_fft, self.hop_length, self.window = n_fft, hop_length, window_fn(n_fft)
+
+    def forward(self, x):
+        spectrum = torch.stft(x.flatten(0, 1).float(), self.n_fft, self.hop_length, window=self.window, center=False,
+                              return_complex=True)
+        return spectrum.view(*x.shape[:2], *spectrum.shape[1:]) / self.n_fft ** 0.5
+
+
+def test_training_with_a_discriminator_writes_a_codec_and_goes_on_where_it_stopped(tmp_path, monkeypatch, speech, capsys):
+    monkeypatch.setattr(sys.modules["torchaudio"], "transforms", types.SimpleNamespace(Spectrogram=Spectrogram),
+                        raising=False)
+    for i, wave in enumerate(speech):
+        path = tmp_path / "audio" / ("val" if i < 2 else "train") / f"{i}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, wave.numpy(), 24_000)
+    out = tmp_path / "codec.pt"
+    command = ["train_codec.py", "--data", str(tmp_path / "audio"), "--n-filters", "4", "--dimension", "16", "--lstm", "1",
+               "--batch-size", "1", "--adversarial", "0.4", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command + ["--minutes", "0.2"])
+    train_codec.main()
+    before = torch.load(f"{out}.last", weights_only=True)
+    monkeypatch.setattr(sys, "argv", command + ["--minutes", str(before["spent"] / 60 + 0.1), "--resume"])
+    train_codec.main()
+    state = torch.load(f"{out}.last", weights_only=True)
+    assert state["phase"] == 4 and {"envelope", "decoder", "adversarial", "features"} <= set(state["norms"])
+    assert state["step"] > before["step"] and state["spent"] >= before["spent"] + 6
+    codec = tokens.load_codec(str(out))
+    assert codec.decode(codec.encode(speech[:1])).isfinite().all()
+    assert tokens.hashlib.sha256(out.read_bytes()).hexdigest() in capsys.readouterr().out
+
+
+def test_resuming_without_a_state_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train_codec.py", "--resume", "--out", str(tmp_path / "no.pt")])
+    with pytest.raises(SystemExit, match="no .*no.pt.last to go on from"):
+        train_codec.main()

@@ -5,77 +5,75 @@ train_codec.py: trains `mini`, the codec that ships with the project.
     python assets/train_codec.py --data ... --minutes 60 --resume          # after an interruption
     (to ship it: move out-codec.pt to assets/mini.pt, and the printed SHA-256 into tokens.py, MINI_SHA256)
 
-An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves, in four phases:
+An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Starting all of it at
+once, from random weights, ends with a codec of one codebook that says little; so one thing after the other:
 
-  1. listen: the encoder alone learns to write the spectral envelope (principal components of the log-mel) into the
-     last quarter of its latents. The other three quarters pass the waveform on, see `initialise`;
-  2. both halves learn to give the sound back from unquantised latents;
-  3. the encoder is done. Each codebook is fitted by k-means to what the codebooks before it left over: the envelope is
-     most of the latents' variance, so the coarse codes hold it, the finer ones the waveform. From here the decoder
-     alone learns, hearing 1, 2, 4 or 8 codebooks, another number for every clip of the batch: any number decodes;
-  4. with --adversarial, from that part of the time on, EnCodec's multi-scale STFT discriminator listens too.
+  1. the encoder alone learns to write the spectral envelope, see `Envelope`, into the last eighth of its latents. The
+     other seven pass the waveform on, see `initialise`;
+  2. both halves learn to give the sound back from unquantised latents, a third of the clips from the envelope alone,
+     with as much noise on it as one codebook will make;
+  3. each codebook is fitted by k-means to what the codebooks before it left over: the envelope is most of the latents'
+     variance, so the coarse codes hold it, the finer ones the waveform. The decoder learns to hear 1, 2, 4 or 8
+     codebooks, another number for every clip of the batch: any number will decode;
+  4. encoder, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser;
+  5. k-means once more, so that all codes are used, and the decoder once more alone.
+
+With --adversarial EnCodec's multi-scale STFT discriminator listens too, from that part of the time on.
 
 The losses are EnCodec's (arXiv 2210.13438, section 3.4): distance between log-mel spectrograms at four window lengths
 (L1 + L2), the waveform's L1, and the discriminator's verdict and features; a balancer gives each its share of the
-gradient. Everything runs on one CPU or GPU; a clock, not a step count, sets the schedule. Held-out clips (every
-folder's `val/`, else one file in fifty) are measured every few minutes.
+gradient. Everything runs on one CPU or GPU; a clock, not a step count, sets the schedule. Held-out clips (those that
+train.py would validate on, see `data.split_clips`) are measured every few minutes.
 """
 import argparse
 import hashlib
 import json
 import os
+import pickle
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import DataError, find_audio, read_audio, split_clips
 from mel import SAMPLE_RATE, frame, log_mel, mel_power
 from tokens import CODEBOOK_SIZE, HOP, build_mini
 from encodec.modules import SConv1d, SConvTranspose1d, SLSTM          # after tokens: it makes encodec importable
 from encodec.modules.seanet import SEANetResnetBlock
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
-WEIGHTS = {"mel": 1.0, "wave": 0.5, "adversarial": 1.0, "features": 1.0,      # shares of the gradient, see `balance`:
-           "decoder": 1.0, "envelope": 1.0}                   # at the decoder's output, and at the latents in phase 2
+WEIGHTS = {"mel": 1.0, "wave": 0.25, "adversarial": 1.0, "features": 1.0,     # shares of the gradient, see `balance`:
+           "decoder": 1.0, "envelope": 1.0, "commitment": 0.3}                # at the decoder's output, at the latents
 COUNTS = torch.tensor([1, 2, 4, 8])                           # codebooks a clip of the batch may be decoded from
-PHASES = (0.18, 0.3)                                          # parts of the time at which phases 2 and 3 begin
+OFTEN = (0.4, 0.15, 0.1, 0.35)                                # and how often each
+PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # each until which part of the time, with which learning
+          (0.58, 0, 5e-4), (0.80, 1e-4, 5e-4), (1.0, 0, 5e-4))        # rates of encoder and decoder
+WHITEN = 0.6                                                  # how much of the last frame `Envelope` takes off
+NOISE = 0.09                                                  # per latent, about what one codebook leaves over
 SMALL = 0.1                                                   # gain of the waveform in the encoder, at the start
 LOUD = 5.0                                                    # and of the channels beside it, where ELU bends
 
 
 # ----------------------------------------------------------------------------- data
 
-def read(path):
-    """One file as mono 24 kHz int16 (N,)."""
-    wave, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    wave = wave.mean(axis=1)
-    if rate != SAMPLE_RATE:
-        wave = soxr.resample(wave, rate, SAMPLE_RATE)
-    return (np.clip(wave, -1, 1) * 32767).astype(np.int16)
-
-
 def load(folders):
-    """Folders of audio -> training audio and held-out audio: one list of (N,) int16 arrays per folder."""
+    """Folders of audio -> training audio and held-out audio: one list of (N,) int16 arrays, 24 kHz, per folder."""
     train, held_out = [], []
-    for folder in folders:
-        paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".ogg", ".wav", ".flac", ".mp3"))
-        if not paths:
-            sys.exit(f"error: no audio under {folder}")
-        has_val = any(p.parent.name == "val" for p in paths)
-        is_val = [p.parent.name == "val" if has_val else i % 50 == 25 for i, p in enumerate(paths)]
-        with ThreadPoolExecutor() as pool:
-            waves = list(pool.map(read, paths))
-        train.append([w for w, v in zip(waves, is_val) if not v])
-        held_out.append([w for w, v in zip(waves, is_val) if v])
-        print(f"{folder}: {sum(map(len, train[-1])) / SAMPLE_RATE / 60:.1f} minutes to train on, "
-              f"{len(held_out[-1])} clips held out")
+    for name in folders:
+        folder, paths = find_audio(name)
+        waves = [np.clip(np.concatenate(list(read_audio(path))), -1, 1) for path in paths]
+        is_val = split_clips([path.relative_to(folder).as_posix() for path in paths])
+        if not any(is_val):
+            raise DataError(f"{name}: one file is not enough, another has to be held out")
+        train.append([(w * 32767).astype(np.int16) for w, v in zip(waves, is_val) if not v])
+        held_out.append([(w * 32767).astype(np.int16) for w, v in zip(waves, is_val) if v])
+        print(f"{name}: {sum(map(len, train[-1])) / SAMPLE_RATE / 60:.1f} minutes to train on, "
+              f"{len(held_out[-1])} clips held out", flush=True)
     return train, held_out
 
 
@@ -113,8 +111,8 @@ def initialise(model, wave):
     A few channels of every layer become a linear transform codec: a convolution of stride r takes the principal
     components of the patches of r frames that reach it, its mirror in the decoder their transpose, residual blocks
     start near the identity, and the signal is kept small, where ELU is almost linear. All other channels start at
-    random and loud, where it bends. From random weights alone the same network spends its first thousands of steps where
-    the average spectrum is all it knows; from here it never visits that place.
+    random and loud, where it bends. From random weights alone the same network spends its first thousands of steps
+    where the average spectrum is all it knows; from here it never visits that place.
     """
     x, linear, mirror = wave[:, None], 1, []                  # linear: how many channels of x hold the transform
     for layer in model.encoder.model:
@@ -176,26 +174,52 @@ def fit_codebooks(quantizer, latents, rounds=20):
     residual = latents
     for layer in quantizer.vq.layers:
         book = layer._codebook
-        book.embed.copy_(residual[torch.randperm(len(residual))[:CODEBOOK_SIZE]])
+        if not book.inited:
+            book.embed.copy_(residual[torch.randperm(len(residual))[:CODEBOOK_SIZE]])
         for _ in range(rounds):
             index = nearest(residual, book.embed)
             count = torch.bincount(index, minlength=CODEBOOK_SIZE)[:, None]
             total = torch.zeros_like(book.embed).index_add_(0, index, residual)
             book.embed.copy_(torch.where(count > 0, total / count.clamp(min=1), book.embed))
         book.inited.fill_(1)
+        book.cluster_size.copy_(count[:, 0] * CODEBOOK_SIZE / len(residual))     # 1 if all are used alike
+        book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
         residual = residual - book.embed[nearest(residual, book.embed)]
         left = residual.var(0).sum() / latents.var(0).sum()
         print(f"  k-means: {left:.3f} of the latents' variance left over", flush=True)
 
 
 @torch.no_grad()
-def quantize(quantizer, latents, counts):
-    """Latents (B, C, T), clip i through its first counts[i] codebooks -> (B, C, T)."""
-    codes = quantizer.vq.encode(latents)                                  # (K, B, T)
-    total = torch.zeros_like(latents)
+def follow(book, index, x, decay=0.99):
+    """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,)."""
+    share = CODEBOOK_SIZE / len(x)
+    book.cluster_size.lerp_(torch.bincount(index, minlength=CODEBOOK_SIZE) * share, 1 - decay)
+    book.embed_avg.lerp_(torch.zeros_like(book.embed).index_add_(0, index, x) * share, 1 - decay)
+    dead = (book.cluster_size < 0.03).nonzero()[:, 0]         # thirty times rarer than the average: start anew
+    book.cluster_size[dead] = 0.3
+    book.embed_avg[dead] = 0.3 * x[torch.randint(len(x), (len(dead),), device=x.device)]
+    book.embed.copy_(book.embed_avg / book.cluster_size[:, None])
+
+
+def quantize(quantizer, latents, counts, adapt):
+    """Latents (B, C, T), clip i through its first counts[i] codebooks -> (B, C, T), and the commitment loss.
+
+    The gradient skips the quantiser: what the decoder asks of the sum, the encoder hears unchanged. The commitment loss
+    asks the encoder to stay near the vectors chosen, relative to the latents' variance. adapt: codebooks follow.
+    """
+    B, C, T = latents.shape
+    rest, used = latents.mT.reshape(-1, C), counts.repeat_interleave(T)
+    total, commitment = torch.zeros_like(rest), 0.0
     for k, layer in enumerate(quantizer.vq.layers):
-        total += layer.decode(codes[k]) * (counts > k)[:, None, None]
-    return total
+        index = nearest(rest.detach(), layer._codebook.embed)
+        chosen = layer._codebook.embed[index]
+        if adapt:
+            follow(layer._codebook, index, rest.detach())
+        rest, heard = rest - chosen, used > k
+        total = total + chosen * heard[:, None]
+        commitment = commitment + (rest.square().mean(1) * heard).mean()
+    total = total.view(B, T, C).mT
+    return latents + (total - latents).detach(), commitment / latents.detach().var((0, 2)).mean()
 
 
 # ----------------------------------------------------------------------------- losses
@@ -207,18 +231,24 @@ def log_bands(wave, n_fft, n_mels, hop):
 
 
 class Envelope:
-    """wave (B, N) -> the n strongest principal components of its log-mel frames, (B, n, T): targets for latents.
+    """wave (B, N) -> targets for n latents, (B, n, T): the spectral envelope, half of what is predictable taken off.
 
-    Frames are mel.py's: causal, one per code. Fitted to some audio (B, N); total variance about 0.5.
+    The n strongest principal components of log-mel frames (mel.py's: causal, one per code), minus WHITEN times those
+    of the frame before. A code is chosen without regard to its neighbours, so whatever repeats from frame to frame is
+    paid for in each; with all of it taken off, the decoder, which adds the frames up again, would add up their errors
+    too. The best lies in between: half-whitening (Costas, Coding with linear systems, 1952).
+    Fitted to some audio (B, N), where the variances of the n targets sum to 1.
     """
 
     def __init__(self, wave, n):
         bands = log_bands(wave, 1024, 80, HOP).flatten(0, 1)
-        self.mean = bands.mean(0)
-        self.basis = torch.linalg.eigh(torch.cov(bands.T))[1].flip(1)[:, :n] / (2 * 80 ** 0.5)        # (80, n)
+        self.mean, self.scale = bands.mean(0), 1.0
+        self.basis = torch.linalg.eigh(torch.cov(bands.T))[1].flip(1)[:, :n]          # (80, n)
+        self.scale = self(wave)[..., 1:].var((0, 2)).sum().rsqrt()
 
     def __call__(self, wave):
-        return ((log_bands(wave, 1024, 80, HOP) - self.mean) @ self.basis).transpose(1, 2)
+        components = ((log_bands(wave, 1024, 80, HOP) - self.mean) @ self.basis).transpose(1, 2) * self.scale
+        return components - WHITEN * F.pad(components, (1, 0))[..., :-1]
 
 
 def mel_loss(out, wave):
@@ -230,9 +260,11 @@ def mel_loss(out, wave):
     return loss / len(SCALES)
 
 
-def wave_loss(out, wave):
-    """L1 relative to each clip's level, out and wave (B, N)."""
-    return ((out - wave).abs().mean(1) / (wave.abs().mean(1) + 1e-2)).mean()
+def wave_loss(out, wave, fine):
+    """L1 relative to each clip's level, out and wave (B, N), of the clips where fine (B,) is True.
+
+    A coarse code does not know the phase; what comes nearest to a waveform of unknown phase is silence."""
+    return ((out - wave).abs().mean(1) / (wave.abs().mean(1) + 1e-2) * fine).mean()
 
 
 def discriminator_loss(discriminator, out, wave):
@@ -246,7 +278,8 @@ def adversarial_losses(discriminator, out, wave):
     with torch.no_grad():
         real_features = discriminator(wave[:, None])[1]
     logits, features = discriminator(out[:, None])
-    distances = [(f - r).abs().mean() / r.abs().mean() for fs, rs in zip(features, real_features) for f, r in zip(fs, rs)]
+    distances = [(f - r).abs().mean() / r.abs().mean() for fs, rs in zip(features, real_features)
+                 for f, r in zip(fs, rs)]
     return {"adversarial": sum(F.relu(1 - g).mean() for g in logits) / len(logits),
             "features": sum(distances) / len(distances)}
 
@@ -279,13 +312,14 @@ def measure(model, held_out, envelope, phase, device, n_clips=12, seconds=4):
     model.eval()
     report = {}
     for name, waves in held_out.items():
-        clips = [w[:seconds * SAMPLE_RATE] for w in waves if len(w) >= seconds * SAMPLE_RATE][:n_clips]
+        n = seconds * SAMPLE_RATE
+        clips = [np.pad(w[:n], (0, max(0, n - len(w)))) for w in waves[:n_clips]]
         wave = torch.from_numpy(np.stack(clips).astype(np.float32) / 32768).to(device)
         latents, spectrum, target = model.encoder(wave[:, None]), log_mel(wave), envelope(wave)
         distance = lambda z: round((log_mel(model.decoder(z)[:, 0]) - spectrum).abs().mean().item(), 3)
         error = (latents[:, -target.shape[1]:] - target).var((0, 2)).sum() / target.var((0, 2)).sum()
         report[name] = {"envelope": round(1 - error.item(), 3), "unquantised": distance(latents)}
-        if phase > 2:
+        if phase >= 3:
             codes = model.quantizer.vq.encode(latents)                    # (K, B, T)
             for k in COUNTS.tolist():
                 report[name][f"{k} codebooks"] = distance(model.quantizer.vq.decode(codes[:k]))
@@ -295,6 +329,47 @@ def measure(model, held_out, envelope, phase, device, n_clips=12, seconds=4):
 
 
 # ----------------------------------------------------------------------------- training
+
+def backward(model, wave, counts, phase, envelope, norms, discriminator=None):
+    """One batch through the model: leaves gradients on its parameters.
+
+    wave (B, N); counts (B,) codebooks, of which phase 2 only asks whether it is one; phase as in the module's head;
+    discriminator: None until it joins. Returns the losses by name and, from phase 2 on, the decoded wave (B, N).
+    """
+    encoder_learns = phase in (1, 2, 4)
+    bf16 = torch.autocast(wave.device.type, torch.bfloat16)   # the networks; codebook search and losses need float32
+    with bf16, torch.set_grad_enabled(encoder_learns):
+        latents = model.encoder(wave[:, None]).float()        # (B, C, T)
+    leaf = latents.detach().requires_grad_(encoder_learns)
+    losses, pulls, out = {}, {}, None                         # pulls: gradients at the latents
+    if phase < 3:
+        target = envelope(wave)                               # (B, n, T)
+        spare = latents.shape[1] - target.shape[1]            # latents that come before the envelope's
+        losses["envelope"] = (leaf[:, spare:] - target).square().mean()
+        pulls["envelope"], = torch.autograd.grad(losses["envelope"], leaf)
+    if phase > 1:
+        if phase == 2:
+            coarse = leaf[:, spare:] + NOISE * torch.randn_like(target)
+            heard = torch.where((counts == 1)[:, None, None], F.pad(coarse, (0, 0, spare, 0)), leaf)
+        else:
+            heard, losses["commitment"] = quantize(model.quantizer, leaf, counts, adapt=encoder_learns)
+        if phase == 4:
+            pulls["commitment"], = torch.autograd.grad(losses["commitment"], leaf, retain_graph=True)
+        with bf16:
+            out = model.decoder(heard)[:, 0].float()          # (B, N)
+        at_output = {"mel": mel_loss(out, wave), "wave": wave_loss(out, wave, counts > 2)}
+        if discriminator:
+            with bf16:
+                at_output |= adversarial_losses(discriminator, out, wave)
+        out.backward(balance({name: torch.autograd.grad(loss, out, retain_graph=True)[0]
+                              for name, loss in at_output.items()}, norms))
+        losses, out = losses | at_output, out.detach()
+        if encoder_learns:
+            pulls["decoder"] = leaf.grad
+    if encoder_learns:
+        latents.backward(balance(pulls, norms))
+    return losses, out
+
 
 def save(path, content):
     """Write beside the target, then replace it: a crash leaves the old file whole."""
@@ -317,10 +392,9 @@ def main():
     parser.add_argument("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
     parser.add_argument("--minutes", type=float, default=60, help="of training, k-means and measuring included")
     parser.add_argument("--adversarial", type=float, default=1.0, help="part of the time at which the discriminator "
-                        "joins; 1 is never. It costs many times the codec's own arithmetic: for a GPU")
+                        "joins, 1: never. It costs many times the codec's own arithmetic: for a GPU")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--frames", type=int, default=48, help="length of a training crop, 1/75 s each")
-    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--n-filters", type=int, default=16)
     parser.add_argument("--dimension", type=int, default=128, help="of the latents")
     parser.add_argument("--lstm", type=int, default=2, help="layers")
@@ -329,23 +403,30 @@ def main():
     parser.add_argument("--out", default="out-codec.pt")
     parser.add_argument("--resume", action="store_true", help="go on from OUT.last, written every two minutes")
     args = parser.parse_args()
-    if args.resume and not Path(f"{args.out}.last").is_file():
-        sys.exit(f"error: --resume: no {args.out}.last to go on from")
-
-    train, held_out = load(args.data)
+    last = f"{args.out}.last"
+    try:
+        state = torch.load(last, map_location=args.device, weights_only=True) if args.resume else {}
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        sys.exit(f"error: --resume: no {last}, or not one that can be read: start again without --resume")
+    try:
+        train, held_out = load(args.data)
+    except DataError as error:
+        sys.exit(f"error: {error}")
     held_out = dict(zip(args.data, held_out))
+
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
     config = dict(n_filters=args.n_filters, dimension=args.dimension, lstm=args.lstm)
-    model, n_envelope = build_mini(**config), args.dimension // 4
+    model = build_mini(**config)
     some = batch(train, np.random.default_rng(args.seed), 64, SAMPLE_RATE)
     initialise(model, some)
-    envelope = Envelope(some.to(args.device), n_envelope)
+    envelope = Envelope(some.to(args.device), args.dimension // 8)
     model.to(args.device)
     encoder, decoder = list(model.encoder.parameters()), list(model.decoder.parameters())
     parameters = encoder + decoder
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.8, 0.99), weight_decay=0.0, fused=True)
-    modules = {"model": model, "optimizer": optimizer}        # whatever has a state to save
+    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": decoder}], betas=(0.8, 0.99), weight_decay=0.0,
+                                  fused=True)
+    modules, discriminator = {"model": model, "optimizer": optimizer}, None       # whatever has a state to save
     if args.adversarial < 1:
         from encodec.msstftd import MultiScaleSTFTDiscriminator
         if not hasattr(sys.modules["torchaudio"], "transforms"):
@@ -355,14 +436,12 @@ def main():
                                                     hop_lengths=[n // 4 for n in sizes]).to(args.device)
         discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=3e-4, betas=(0.5, 0.9), fused=True)
         modules |= {"discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
-    averaged = [p.detach().clone() for p in parameters]       # moving average of the weights: what is measured
-    state = {"averaged": averaged, "step": 0, "phase": 1, "ramp": 0, "norms": {}, "spent": 0.0}
-    if args.resume:
-        state = torch.load(f"{args.out}.last", map_location=args.device, weights_only=True)
-        for name, module in modules.items():
+    for name, module in modules.items():
+        if args.resume:
             module.load_state_dict(state.pop(name))
-        averaged = state["averaged"]
-    norms, start = state["norms"], time.time() - state["spent"]
+    state = {"averaged": [p.detach().clone() for p in parameters],        # the weights' moving average is measured
+             "step": 0, "phase": 1, "began": [0, 0.0], "norms": {}, "spent": 0.0} | state
+    averaged, start = state["averaged"], time.time() - state["spent"]
     print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {args.minutes:g} minutes on {args.device}")
 
     def swap():                                               # the averaged weights in and out of the model
@@ -382,65 +461,45 @@ def main():
             swap()
             next_report = now + max(120, 3 * args.minutes)
         if now > next_save or done >= 1:
-            save(f"{args.out}.last", state | {name: m.state_dict() for name, m in modules.items()} | {"spent": now})
+            save(last, state | {name: m.state_dict() for name, m in modules.items()} | {"spent": now})
             next_save = now + 120
         if done >= 1:
             break
 
         rng = np.random.default_rng((args.seed, step))
-        if phase < 4 and done > (*PHASES, args.adversarial)[phase - 1]:
-            phase, state["phase"], state["ramp"] = phase + 1, phase + 1, step
-            if phase == 3:
-                swap()
+        if done > PHASES[phase - 1][0]:
+            phase, state["phase"], state["began"] = phase + 1, phase + 1, [step, done]
+            if phase in (3, 5):
+                swap()                                        # until the encoder learns again, it is its average
+                waves = [batch(train, rng, 2 * args.batch_size, 4 * SAMPLE_RATE).to(args.device) for _ in range(16)]
                 with torch.no_grad():
-                    waves = [batch(train, rng, 2 * args.batch_size, 4 * SAMPLE_RATE).to(args.device) for _ in range(16)]
-                    latents = torch.cat([model.encoder(w[:, None]).transpose(1, 2).flatten(0, 1) for w in waves])
+                    latents = torch.cat([model.encoder(w[:, None]).mT.flatten(0, 1) for w in waves])
+                    torch._foreach_copy_(averaged, parameters)
                 fit_codebooks(model.quantizer, latents)
-                torch._foreach_copy_(averaged, parameters)
-        ramp = min(1, (step - state["ramp"] + 1) / 200)
-        optimizer.param_groups[0]["lr"] = args.lr * (2 if phase == 1 else 1) * ramp * max(0.02, 1 - done ** 2)
-        optimizer.zero_grad(set_to_none=True)
+        (end, *rates), (first, began) = PHASES[phase - 1], state["began"]     # every phase warms up and cools down
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * min(1, (step - first + 1) / 200) * max(0.02, 1 - ((done - began) / (end - began)) ** 2)
+
         wave = batch(train, rng, args.batch_size, args.frames * HOP).to(args.device)
-        bf16 = torch.autocast(torch.device(args.device).type, torch.bfloat16)     # the networks only: the codebook
-        with bf16, torch.set_grad_enabled(phase < 3):         # search and the losses need float32
-            latents = model.encoder(wave[:, None]).float()    # (B, C, T)
-        pulls = {}                                            # gradients at the latents
-        if phase < 3:
-            pulls["envelope"] = torch.zeros_like(latents)
-            pulls["envelope"][:, -n_envelope:] = latents[:, -n_envelope:].detach() - envelope(wave)
-        if phase > 1:
-            heard = latents.detach().requires_grad_(phase == 2)
-            if phase > 2:
-                counts = COUNTS[torch.from_numpy(rng.choice(4, args.batch_size, p=[0.25, 0.2, 0.2, 0.35]))]
-                heard = quantize(model.quantizer, latents, counts.to(args.device))
-            with bf16:
-                out = model.decoder(heard)[:, 0].float()      # (B, N)
-            losses = {"mel": mel_loss(out, wave), "wave": wave_loss(out, wave)}
-            if phase == 4:
-                if rng.random() < 2 / 3:                      # its turns are fewer: it learns faster than the codec
-                    discriminator_optimizer.zero_grad(set_to_none=True)
-                    with bf16:
-                        verdict = discriminator_loss(discriminator, out.detach(), wave)
-                    verdict.backward()
-                    discriminator_optimizer.step()
-                with bf16:
-                    losses |= adversarial_losses(discriminator, out, wave)
-            pull = balance({name: torch.autograd.grad(loss, out, retain_graph=True)[0]
-                            for name, loss in losses.items()}, norms)
-            out.backward(pull)
-            if phase == 2:
-                pulls["decoder"] = heard.grad
-        if phase < 3:
-            latents.backward(balance(pulls, norms))
+        counts = COUNTS[torch.from_numpy(rng.choice(4, args.batch_size, p=OFTEN))].to(args.device)
+        optimizer.zero_grad(set_to_none=True)
+        joined = discriminator if phase > 1 and done > args.adversarial else None
+        losses, out = backward(model, wave, counts, phase, envelope, state["norms"], joined)
         for half in (encoder, decoder):
             torch.nn.utils.clip_grad_norm_(half, 1.0)
         optimizer.step()
+        if joined and rng.random() < 2 / 3:                   # its turns are fewer: it learns faster than the codec
+            discriminator_optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(wave.device.type, torch.bfloat16):
+                verdict = discriminator_loss(discriminator, out, wave)
+            verdict.backward()
+            discriminator_optimizer.step()
         state["step"] += 1
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, parameters, 1 - min(0.999, step / (step + 10)))
+            torch._foreach_lerp_(averaged, parameters, 1 - min(0.995, step / (step + 10)))
         if state["step"] % 100 == 0:
-            values = "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()) if phase > 1 else ""
-            print(f"step {state['step']}  {now / 60:.1f} min  {values}", flush=True)
+            print(f"step {state['step']}  {now / 60:.1f} min  "
+                  + "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ data.py: a dataset's name, or a folder of audio, becomes aligned arrays on disk,
     audio files ──mono, 24 kHz──▶ codec ──▶ codes.npy (frames, K) uint16     clip after clip; row t of both belongs
                              └──▶ log_mel ─▶ mel.npy  (frames, 80) float16   to the same 1/75 s of the same clip
 
+The mel is the original audio's, or, with mel_codebooks, that of the audio which so many codebooks decode to: what a
+model sees when it samples.
+
     clips.npy   (clips, 2) int64, first row and one past the last row of every clip
     meta.json   what it was made from and with, the split, counts, the mel's mean and standard deviation
 
@@ -73,13 +76,20 @@ def read_audio(path):
         raise DataError(f"{path}: holds no samples")
 
 
-def encode_file(path, codec):
-    """Yield (codes (t, K) uint16, mel (t, 80) float16) of a file piece by piece, in bounded memory."""
+def encode_file(path, codec, mel_codebooks=0):
+    """Yield (codes (t, K) uint16, mel (t, 80) float16) of a file piece by piece, in bounded memory.
+
+    mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to.
+    """
     encoder, spectrogram = codec.stream_encoder(), StreamingLogMel()
+    decoder = codec.stream_decoder() if mel_codebooks else None
     for piece in read_audio(path):
         wave = torch.from_numpy(piece).to(codec.device)
-        codes, mel = encoder.push(wave[None])[0].T, spectrogram.push(wave)        # (t, K), (t, 80)
-        yield codes.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
+        codes = encoder.push(wave[None])                      # (1, K, t)
+        if mel_codebooks:
+            wave = decoder.push(codes[:, :mel_codebooks])[0]
+        mel = spectrogram.push(wave)                          # (t, 80)
+        yield codes[0].T.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
 
 
 # ----------------------------------------------------------------------------- preparing a dataset
@@ -114,20 +124,24 @@ def split_clips(names):
     return [h < threshold for h in hashes]
 
 
-def prepare(dataset, codec, cache=CACHE, quiet=False):
+def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0):
     """Encode a dataset with a codec, unless that is done already, and open it.
 
-    dataset: `speech`, `music` or a folder, searched recursively. Returns a `Dataset`. The cache lies in `cache/`,
-    under a key made of everything that its content depends on: files (path, size, time), codec and its checksum,
-    mel settings. Files that cannot be used are skipped and named in one line.
-    Raises DataError if there is no such dataset or nothing in it can be used.
+    dataset: `speech`, `music` or a folder, searched recursively. mel_codebooks: as in `encode_file`. Returns a
+    `Dataset`. The cache lies in `cache/`, under a key made of everything that its content depends on: files (path,
+    size, time), codec and its checksum, mel settings. Files that cannot be used are skipped and named in one line.
+    Raises DataError if there is no such dataset, nothing in it can be used, or the codec has fewer codebooks.
     """
+    if not 0 <= mel_codebooks <= codec.n_codebooks:
+        raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
+                        f"{mel_codebooks} decode to")
     folder, paths = find_audio(dataset, cache)
     names = [path.relative_to(folder).as_posix() for path in paths]
     split_clips(names)                                        # an unclear split is found now, not after encoding
     files = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in zip(names, paths)]
     made_with = {"format": 1, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
-                 "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mel_floor": FLOOR}
+                 "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mel_floor": FLOOR,
+                 "mel_codebooks": mel_codebooks}
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     name = dataset if dataset in BUNDLED else folder.resolve().name
     home = Path(cache) / f"{name}-{Path(codec.name).name}-{key}"
@@ -158,7 +172,7 @@ def _encode_dataset(home, name, paths, names, codec, made_with, quiet):
             before = [codes_file.tell(), mel_file.tell()]
             start, problem = row, None
             try:
-                for codes, mel in encode_file(path, codec):
+                for codes, mel in encode_file(path, codec, made_with["mel_codebooks"]):
                     codes_file.write(codes.tobytes())
                     mel_file.write(mel.tobytes())
                     row += len(codes)
@@ -233,7 +247,7 @@ class Dataset:
         self.train_ends = np.diff(self.train, axis=1)[:, 0].cumsum()      # frames up to and with each clip
 
     def batch(self, seed, step, batch_size, context):
-        """A training batch, a pure function of its arguments: codes (B, 1, T), mel (B, T, 80), targets (B, T).
+        """A training batch, a pure function of its arguments: codes (B, 1, T), mel (B, T, 80), targets (B, K, T).
 
         Each row is centred on a frame drawn uniformly from the training split, then moved to lie inside its clip,
         so that the first frames of a clip, where sampling starts, come up often.
@@ -271,7 +285,7 @@ class Dataset:
         B = len(windows)
         codes = torch.zeros(B, 1, context, dtype=torch.long)
         mel = torch.zeros(B, context, self.mel.shape[1])
-        targets = torch.full((B, context), IGNORE)
+        targets = torch.full((B, self.codes.shape[1], context), IGNORE)
         for row, (start, end, offset, score_from) in enumerate(windows):
             first, n = start + offset, min(context, end - start - offset)
             at_start = int(offset == 0)                       # the clip's first input is START, not a frame
@@ -279,8 +293,8 @@ class Dataset:
             codes[row, 0, 0] = START
             codes[row, 0, at_start:n] = torch.from_numpy(self.codes[shown, 0].astype(np.int64))
             mel[row, at_start:n] = torch.from_numpy(self.mel[shown].astype(np.float32))
-            targets[row, :n] = torch.from_numpy(self.codes[first:first + n, 0].astype(np.int64))
-            targets[row, :score_from] = IGNORE
+            targets[row, :, :n] = torch.from_numpy(self.codes[first:first + n].T.astype(np.int64))
+            targets[row, :, :score_from] = IGNORE
         return codes, mel, targets
 
     def unigram_nll(self):

@@ -10,10 +10,16 @@ The discrete side makes the output a distribution that can be sampled and scored
 coarse code has thrown away, without a single position more (Whisper-GPT, arXiv 2412.11449, figure 1). A token-only
 GPT and a mel-only model are this same class with one branch switched off.
 
+With n_codebooks > 1 a second, small transformer runs over *depth*, inside each frame: it sees what the stack knows and
+the codes already chosen for the next frame, and predicts the next finer one (as RQ-Transformer, 2203.01941, does):
+
+    stack's output ─┬─ head ────────── code 1          time and depth are two clocks: a frame stays one position
+                    └─ depth blocks ── code 2 ... K    of the stack, and the stack still reads code 1 and mel only
+
 Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention, a SiLU MLP, no biases.
 
     >>> model = HybridGPT(PRESETS["hybrid"])
-    >>> logits, loss = model(codes, mel, targets)        # (B, K, T), (B, T, 80), (B, T) -> (B, T, 1024), scalar
+    >>> logits, losses = model(codes, mel, targets)      # (B, K, T), (B, T, 80), (B, K, T) -> (B, T, 1024), (K,)
 """
 import math
 from dataclasses import asdict, dataclass
@@ -38,6 +44,9 @@ class Config:
     n_mel_layer: int = 1             # light causal blocks over the mel frames
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
     n_mels: int = 80
+    n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
+    n_depth_layer: int = 2           # blocks over depth, if K > 1
+    n_depth_embd: int = 128          # their width; a multiple of n_embd // n_head
     context: int = 512               # positions a position can see, itself included
     dropout: float = 0.0
 
@@ -48,9 +57,11 @@ PRESETS = {
     "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1141, use_mel=False),        # as large as hybrid
     "hybrid":   Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024),
     "gpt-l":    Config(n_layer=12, n_head=8, n_embd=512, n_inner=2048, use_mel=False),
-    # learns something on two CPU cores in minutes, and its token-only twin
-    "nano":     Config(n_layer=4, n_head=4, n_embd=128, n_inner=512, n_mel_embd=96, context=256),
-    "nano-gpt": Config(n_layer=4, n_head=4, n_embd=128, n_inner=620, use_mel=False, context=256),  # as nano
+    # learns something on two CPU cores in minutes, and its token-only twin; to be listened to: all codes of codec mini
+    "nano":     Config(n_layer=4, n_head=4, n_embd=128, n_inner=512, n_mel_embd=96, context=256,
+                       n_codebooks=8, n_depth_embd=64),
+    "nano-gpt": Config(n_layer=4, n_head=4, n_embd=128, n_inner=620, use_mel=False, context=256,   # as nano
+                       n_codebooks=8, n_depth_embd=64),
 }
 
 
@@ -142,7 +153,7 @@ class Cache:
 # ----------------------------------------------------------------------------- the model
 
 class HybridGPT(nn.Module):
-    """Next-code predictor over two aligned streams, coarse codes and log-mel frames.
+    """Predictor of the next frame's codes from two aligned streams, coarse codes and log-mel frames.
 
     config: a `Config`, for example one of `PRESETS`. Raises ValueError for a combination that cannot work.
     """
@@ -153,9 +164,10 @@ class HybridGPT(nn.Module):
         head_dim = c.n_embd // c.n_head
         if not (c.use_codes or c.use_mel):
             raise ValueError("a model needs use_codes or use_mel")
-        if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim):
-            raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, and n_mel_embd "
-                             f"{c.n_mel_embd} a multiple of that size")
+        if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim) or (
+                c.n_codebooks > 1 and c.n_depth_embd % head_dim):
+            raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, n_mel_embd "
+                             f"{c.n_mel_embd} and n_depth_embd {c.n_depth_embd} multiples of that size")
         if c.use_codes:
             self.code_embedding = nn.Embedding(CODEBOOK_SIZE + 1, c.n_embd)       # + 1: START
         if c.use_mel:
@@ -167,6 +179,13 @@ class HybridGPT(nn.Module):
             self.fuse = nn.Linear(c.n_embd * c.use_codes + c.n_mel_embd, c.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(c.n_embd, c.n_inner, head_dim, c.dropout) for _ in range(c.n_layer))
         self.head = nn.Linear(c.n_embd, CODEBOOK_SIZE, bias=False)
+        if c.n_codebooks > 1:                                 # codebooks 2 to K, each its own embedding and head
+            finer = c.n_codebooks - 1
+            self.depth_in = nn.Linear(c.n_embd, c.n_depth_embd, bias=False)
+            self.depth_embedding = nn.Parameter(torch.empty(finer, CODEBOOK_SIZE, c.n_depth_embd))
+            self.depth_blocks = nn.ModuleList(
+                Block(c.n_depth_embd, 4 * c.n_depth_embd, head_dim, c.dropout) for _ in range(c.n_depth_layer))
+            self.depth_head = nn.Parameter(torch.empty(finer, c.n_depth_embd, CODEBOOK_SIZE))
         self.register_buffer("rotary", rotary_angles(0, c.context, head_dim), persistent=False)
 
         for name, p in self.named_parameters():
@@ -180,6 +199,9 @@ class HybridGPT(nn.Module):
             nn.init.normal_(self.code_embedding.weight, std=1.0)
         if c.use_mel:
             nn.init.normal_(self.fuse.weight, std=self.fuse.in_features ** -0.5)
+        if c.n_codebooks > 1:
+            nn.init.normal_(self.depth_in.weight, std=c.n_embd ** -0.5)
+            nn.init.normal_(self.depth_embedding, std=1.0)
 
     def n_params(self):
         """How many numbers are trained."""
@@ -192,15 +214,29 @@ class HybridGPT(nn.Module):
             self.mel_std.copy_(torch.as_tensor(std))
 
     def forward(self, codes, mel, targets=None, cache=None):
-        """Logits of the next code at every position, and the loss.
+        """Logits of the next coarse code at every position, and the losses.
 
         codes (B, K, T) int64; only the coarse row is read; START at the position before a clip
         mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None without a mel branch
-        targets (B, T) int64 or None: the next codes, IGNORE where none counts
+        targets (B, n_codebooks or more, T) int64 or None: the next frames' codes, IGNORE where none counts
         cache: a `Cache`, then T is 1 and the positions before this one are remembered
-        Returns logits (B, T, 1024) and the mean cross-entropy in nats (None without targets).
+        Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,); without
+        targets instead of the losses what `finer_logits` wants: the stack's output, (B, T, n_embd).
         """
-        codes = codes[:, 0]                                                       # (B, T)
+        x = self.stack(codes[:, 0], mel, cache)                                   # (B, T, n_embd)
+        logits = self.head(x)                                                     # (B, T, 1024)
+        if targets is None:
+            return logits, x
+        nll = lambda logits, targets: F.cross_entropy(logits.float(), targets, ignore_index=IGNORE)
+        losses = [nll(logits.flatten(0, 1), targets[:, 0].flatten())]
+        if self.config.n_codebooks > 1:
+            targets = targets[:, :self.config.n_codebooks].transpose(1, 2).flatten(0, 1)      # (B * T, K)
+            finer = self.finer_logits(x.flatten(0, 1), targets[:, :-1].clamp(min=0))
+            losses += [nll(finer[:, k], targets[:, k + 1]) for k in range(finer.shape[1])]
+        return logits, torch.stack(losses)
+
+    def stack(self, codes, mel, cache=None):
+        """Both branches and the blocks: codes (B, T), mel (B, T, 80) -> what each position knows (B, T, n_embd)."""
         T = codes.shape[1]
         context, start = self.config.context, cache.position if cache else 0
         if start + T <= context:
@@ -223,12 +259,22 @@ class HybridGPT(nn.Module):
         x = self.fuse(torch.cat(streams, dim=-1)) if self.config.use_mel else streams[0]
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
-        logits = self.head(norm(x))                                               # (B, T, 1024)
         if cache:
             cache.position += 1
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+        return norm(x)
+
+    def finer_logits(self, x, codes):
+        """Within one frame: x (n, n_embd) of the stack, its codes so far (n, k), coarse first -> (n, k, 1024).
+
+        Row j of the result is about codebook j + 2, given codes 1 to j + 1; k from 1 to n_codebooks - 1.
+        """
+        k = codes.shape[1]
+        books = torch.arange(k, device=codes.device)
+        x = self.depth_in(x)[:, None] + self.depth_embedding[books, codes]        # (n, k, n_depth_embd)
+        rotary = self.rotary[:, :k]
+        for block in self.depth_blocks:
+            x = block(x, rotary)
+        return torch.einsum("nkc,kcv->nkv", norm(x), self.depth_head[:k])
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -239,7 +285,7 @@ class CheckpointError(RuntimeError):
 
 def to_checkpoint(model, **facts):
     """What a checkpoint holds: configuration, weights and `facts`; plain types and tensors only."""
-    return {"format": "whisper-gpt-1", "config": asdict(model.config), "model": model.state_dict(), **facts}
+    return {"format": "whisper-gpt-2", "config": asdict(model.config), "model": model.state_dict(), **facts}
 
 
 def load_checkpoint(path, device="cpu"):
@@ -249,7 +295,7 @@ def load_checkpoint(path, device="cpu"):
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(checkpoint, dict) or checkpoint.get("format") != "whisper-gpt-1":
+        if not isinstance(checkpoint, dict) or checkpoint.get("format") != "whisper-gpt-2":
             raise TypeError("another format")
         model = HybridGPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])

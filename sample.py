@@ -3,16 +3,20 @@ sample.py: a checkpoint, and if you like the beginning of a recording, become au
 
     python sample.py --ckpt out.pt                                     five seconds from nothing -> sample.wav
     python sample.py --ckpt out.pt --prompt clip.wav --seconds 5 --num 3       three continuations of a clip
+    python sample.py --ckpt out.pt --seconds 60 --out - | aplay -f S16_LE -r 24000     heard while it is generated
 
 One frame, 1/75 s, at a time, around one loop:
 
-    ┌▶ model ── logits ── draw ── code ──▶ codec decoder ── 320 samples ──┬──▶ sample.wav
-    └── code and mel of this frame ◀────────────────────── log-mel ◀──────┘
+    ┌▶ model ── logits ── draw ── codes ──▶ codec decoder ── 320 samples ──┬──▶ sample.wav
+    └── coarse code and mel of this frame ◀──────────────── log-mel ◀──────┘
+
+A model with several codebooks draws the finer codes of a frame one after the other, each knowing those before it.
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
-no frame costs more than one with a full context. What the model is shown is the mel of what is really heard: the decoded audio.
+no frame costs more than one with a full context. The mel that the model is shown is that of what is really heard.
 """
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -50,10 +54,10 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 @torch.no_grad()
 def generate(model, codec, n_frames, num=1, prompt=None, **how):
-    """Yield (codes (B, 1, 1), wave (B, 320)) frame by frame: the prompt as the codec decodes it, then `n_frames` new.
+    """Yield (codes (B, K, 1), wave (B, 320)) frame by frame: the prompt as the codec decodes it, then `n_frames` new.
 
-    model: a `HybridGPT` in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
-    prompt: codes (1, 1, P) or None; how: arguments of `draw`
+    model: a `HybridGPT` of K codebooks in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
+    prompt: codes (1, K, P) or None; how: arguments of `draw`
     The prompt and its continuation run through one codec state, so there is no seam between them.
     """
     device = next(model.parameters()).device
@@ -62,11 +66,15 @@ def generate(model, codec, n_frames, num=1, prompt=None, **how):
     codes = torch.full((num, 1, 1), START, device=device)
     mel = torch.zeros(num, 1, model.config.n_mels, device=device)
     for t in range(n_prompt + n_frames):
-        logits, _ = model(codes, mel, cache=cache)            # (B, 1, 1024)
+        logits, x = model(codes, mel, cache=cache)            # (B, 1, 1024), (B, 1, n_embd)
         if t < n_prompt:
-            codes = prompt[:, :, t:t + 1].expand(num, 1, 1).to(device)
+            codes = prompt[:, :, t:t + 1].expand(num, -1, 1).to(device)
         else:
-            codes = draw(logits[:, 0], **how)[:, None, None]
+            chosen = draw(logits[:, 0], **how)[:, None]       # (B, k), coarse first
+            for _ in range(1, model.config.n_codebooks):
+                finer = model.finer_logits(x[:, 0], chosen)[:, -1]
+                chosen = torch.cat([chosen, draw(finer, **how)[:, None]], dim=1)
+            codes = chosen[:, :, None]
         wave = decoder.push(codes.to(codec.device))           # (B, 320)
         mel = spectrogram.push(wave).to(device)               # (B, 1, 80)
         yield codes, wave
@@ -86,13 +94,15 @@ def parse_arguments():
     add("--codec", help="codec to decode with (default: the one the checkpoint names)")
     add("--codec-dir", help="folder with EnCodec's weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--out", default="sample.wav",
-        help="with --num 3: sample-1.wav, sample-2.wav, sample-3.wav (default: %(default)s)")
+    add("--out", default="sample.wav", help="with --num 3: sample-1.wav, sample-2.wav, sample-3.wav; -: raw 16-bit "
+        "PCM, mono, 24 kHz, to standard output while it is generated (default: %(default)s)")
     args = parser.parse_args()
     if not 1 <= args.seconds * FRAME_RATE < math.inf or args.num < 1:            # nan fails every comparison
         parser.error(f"--seconds must be at least one frame (1/{FRAME_RATE}) and --num at least 1")
     if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2**63:
         parser.error("--temperature and --seed must be 0 or more")
+    if args.out == "-" and args.num > 1:
+        parser.error("--out - carries one stream: --num 1")
     if args.top_k is not None and args.top_k < 1 or args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error("--top-k must be at least 1, --top-p in (0, 1]")
     return args
@@ -102,7 +112,9 @@ def main():
     args = parse_arguments()
     out = Path(args.out)
     names = [out] if args.num == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.num)]
-    if out.suffix.lower() not in (".wav", ".flac") or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+    live = args.out == "-"
+    if not live and (out.suffix.lower() not in (".wav", ".flac") or not out.parent.is_dir()
+                     or not os.access(out.parent, os.W_OK)):
         sys.exit(f"error: cannot write {out}: --out takes a .wav or .flac file in an existing, writable folder")
     try:
         torch.empty(1, device=args.device)
@@ -116,25 +128,35 @@ def main():
     prompt = None
     if args.prompt:
         wave = torch.from_numpy(np.concatenate(list(read_audio(args.prompt))))
-        prompt = codec.encode(wave[None], n_codebooks=1)      # (1, 1, P)
+        prompt = codec.encode(wave[None], model.config.n_codebooks)       # (1, K, P)
         if prompt.shape[-1] == 0:
             raise DataError(f"{args.prompt}: holds {len(wave)} samples, less than one frame ({HOP} at 24 kHz)")
 
     n_frames = round(args.seconds * FRAME_RATE)
     generator = torch.Generator().manual_seed(args.seed)
-    waves, start = [], time.time()
-    for _, wave in generate(model, codec, n_frames, args.num, prompt, temperature=args.temperature,
-                            top_k=args.top_k, top_p=args.top_p, generator=generator):
-        waves.append(wave.cpu())
-        if sys.stderr.isatty() and len(waves) % 15 == 0:
-            done = len(waves) / FRAME_RATE
-            print(f"\r{done:.1f} s at {done / (time.time() - start):.2f} x real time ", end="", file=sys.stderr)
-    seconds = len(waves) / FRAME_RATE
-    for name, wave in zip(names, torch.cat(waves, dim=-1).clamp(-1, 1).numpy()):
-        soundfile.write(name, wave, SAMPLE_RATE, subtype="PCM_16")
-    print(f"{', '.join(map(str, names))}: {seconds:.2f} s"
+    parts = [] if live else [name.with_name(f".{name.stem}.part{name.suffix}") for name in names]
+    start = time.time()
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            stack.callback(part.unlink, missing_ok=True)
+        files = [stack.enter_context(soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, "PCM_16")) for part in parts]
+        for t, (_, wave) in enumerate(generate(model, codec, n_frames, args.num, prompt, temperature=args.temperature,
+                                               top_k=args.top_k, top_p=args.top_p, generator=generator), start=1):
+            samples = (wave.clamp(-1, 1) * 32767).round().short().cpu().numpy()                          # (B, 320)
+            if live:
+                sys.stdout.buffer.write(samples.astype("<i2").tobytes())
+                sys.stdout.buffer.flush()
+            for file, row in zip(files, samples):
+                file.write(row)
+            seconds, pace = t / FRAME_RATE, t / FRAME_RATE / (time.time() - start)
+            if sys.stderr.isatty() and t % 15 == 0:
+                print(f"\r{seconds:.1f} s at {pace:.2f} x real time ", end="", file=sys.stderr)
+        for file, part, name in zip(files, parts, names):
+            file.close()
+            os.replace(part, name)
+    print(f"{'standard output' if live else ', '.join(map(str, names))}: {seconds:.2f} s"
           + (f", the first {prompt.shape[-1] / FRAME_RATE:.2f} s of it the prompt" if args.prompt else "")
-          + f" ({seconds / (time.time() - start):.2f} x real time)")
+          + f" ({pace:.2f} x real time)", file=sys.stderr if live else sys.stdout)
 
 
 if __name__ == "__main__":
@@ -144,3 +166,6 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:                                   # whoever listened to --out - has heard enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

@@ -37,8 +37,11 @@ def parse_arguments():
     add("--dataset", default="speech", help="speech, music, or a folder of audio files (default: %(default)s)")
     add("--codec", default="mini", help="mini, encodec, or a file of assets/train_codec.py (default: %(default)s)")
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
+    add("--mel-codebooks", type=int, metavar="K", help="show the mel of what the first K codebooks decode to, as in "
+        "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, help="preset of model.py (default: hybrid on a GPU, nano without one)")
+    add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
     add("--context", type=int, help="positions the model sees, 75 a second; even (default: the preset's)")
     add("--dropout", type=float, default=0.1, help="default: %(default)s")
     add = parser.add_argument_group("how to train").add_argument
@@ -108,15 +111,18 @@ def save(path, content):
 def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     """Score the whole validation split: {"val_nll", "val_ppl", "val_acc"}, nats a code, and NLL sums per clip.
 
-    Each target is scored once (see Dataset.validation). Returns (figures, sums (clips,), counts (clips,)).
+    These are of the coarse code, whatever else the model predicts; "val_nll_finer" lists codebooks 2 to K. Each
+    target is scored once (see Dataset.validation). Returns (figures, sums (clips,), counts (clips,)).
     """
     model.eval()
     device = next(model.parameters()).device
     sums, counts = np.zeros(len(data.val)), np.zeros(len(data.val))
-    correct = 0
+    correct, finer = 0, np.zeros(model.config.n_codebooks - 1)
     for codes, mel, targets, clip in data.validation(model.config.context, batch_size):
         with autocast:
-            logits, _ = model(codes.to(device), mel.to(device))
+            logits, losses = model(codes.to(device), mel.to(device), targets.to(device))
+        targets = targets[:, 0]                                                   # (B, T)
+        finer += losses[1:].cpu().double().numpy() * (targets != IGNORE).sum().item()
         nll = F.cross_entropy(logits.float().transpose(1, 2), targets.to(device), ignore_index=IGNORE,
                               reduction="none").sum(1)                            # (B,)
         correct += (logits.argmax(-1).cpu() == targets).sum().item()              # IGNORE is never an argmax
@@ -124,7 +130,10 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
         np.add.at(counts, clip.numpy(), (targets != IGNORE).sum(1).numpy())
     model.train()
     nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
-    return {"val_nll": nll, "val_ppl": math.exp(nll), "val_acc": accuracy}, sums, counts
+    figures = {"val_nll": nll, "val_ppl": math.exp(nll), "val_acc": accuracy}
+    if len(finer):
+        figures["val_nll_finer"] = (finer / counts.sum()).round(4).tolist()
+    return figures, sums, counts
 
 
 def learning_rate(step, args):
@@ -145,7 +154,7 @@ def main():
     checkpoint = None
     if args.eval:
         model, checkpoint = load_checkpoint(args.eval, device)
-        for name in {"dataset", "codec"} - args.given:
+        for name in {"dataset", "codec", "mel_codebooks"} - args.given:
             setattr(args, name, checkpoint[name])
     elif args.resume:
         model, checkpoint = load_checkpoint(last, device)
@@ -164,6 +173,9 @@ def main():
                          "with --overwrite")
         args.model = args.model or ("hybrid" if device.type == "cuda" else "nano")
         args.lr = args.lr or (6e-3 if args.model.startswith("nano") else 1e-3)
+        args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
+        if args.mel_codebooks is None:
+            args.mel_codebooks = args.n_codebooks if args.n_codebooks > 1 else 0
     if not args.eval:
         try:
             log = open(log_path, "a")                         # now, and not after an hour of work
@@ -174,14 +186,18 @@ def main():
     if checkpoint and checkpoint["codec_checksum"] != codec.checksum:
         raise CheckpointError(f"{args.eval or last} was trained on codes of codec {checkpoint['codec']} "
                               f"({checkpoint['codec_checksum']}); {args.codec} here is {codec.checksum}")
-    data = prepare(args.dataset, codec)
+    if not args.eval and args.n_codebooks > codec.n_codebooks:
+        raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {args.n_codebooks}: choose "
+                         "--n-codebooks")
+    data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks)
     unigram = data.unigram_nll()
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
     if args.eval:
         figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
-        print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name, **figures,
+        print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name,
+                          "mel_codebooks": args.mel_codebooks, **figures,
                           "unigram_nll": unigram, "n_params": model.n_params(),
                           "clip_nll": (sums / counts).round(4).tolist()}))
         return
@@ -190,7 +206,8 @@ def main():
     torch.manual_seed(args.seed)
     if not args.resume:
         config = PRESETS[args.model]
-        config = dataclasses.replace(config, dropout=args.dropout, context=args.context or config.context)
+        config = dataclasses.replace(config, dropout=args.dropout, context=args.context or config.context,
+                                     n_codebooks=args.n_codebooks)
         model = HybridGPT(config)
         model.set_mel_statistics(data.meta["mel_mean"], data.meta["mel_std"])
         model.to(device)
@@ -232,7 +249,7 @@ def main():
     print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
-             "data_key": data.key}
+             "mel_codebooks": args.mel_codebooks, "data_key": data.key}
     where = ("given", "out", "resume", "overwrite", "eval", "device", "dtype", "compile", "codec_dir")
     options = {k: v for k, v in vars(args).items() if k not in where}         # what makes the run what it is
     report({"step": step, "args": options, "n_params": n_params, "context": context, **facts, "device": str(device),
@@ -252,8 +269,10 @@ def main():
             report({"step": step, **figures, "unigram_nll": unigram, "n_params": n_params,
                     "tokens_seen": tokens_seen, "seconds": round(seconds, 1)})
             better = figures["val_nll"] < best
+            finer = figures.get("val_nll_finer", [])
             print(f"step {step:5d}  val NLL {figures['val_nll']:.4f}  perplexity {figures['val_ppl']:.1f}  accuracy "
-                  f"{100 * figures['val_acc']:.2f} %" + ("  (best so far)" if better and step else ""), flush=True)
+                  f"{100 * figures['val_acc']:.2f} %" + (f"  finer codes {np.mean(finer):.3f}" if finer else "")
+                  + ("  (best so far)" if better and step else ""), flush=True)
             if better:
                 best = figures["val_nll"]
                 save(out, to_checkpoint(model, step=step, val_nll=best, **facts))
@@ -274,11 +293,12 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         codes, mel, targets = (t.to(device) for t in data.batch(args.seed, step, args.batch_size, context))
-        n_targets, loss_sum = (targets != IGNORE).sum(), 0.0
+        n_targets, loss_sum = (targets[:, 0] != IGNORE).sum(), 0.0                # frames
         for c, m, t in zip(*(x.chunk(args.accumulate) for x in (codes, mel, targets))):
             with autocast:
-                _, loss = forward(c, m, t)
-            loss = loss * ((t != IGNORE).sum() / n_targets)   # the mean over the batch, not over its parts
+                _, losses = forward(c, m, t)                  # (K,)
+            loss = losses[0] + (losses[1:].mean() if len(losses) > 1 else 0)
+            loss = loss * ((t[:, 0] != IGNORE).sum() / n_targets)   # the mean over the batch, not over its parts
             loss.backward()
             loss_sum += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

@@ -4,8 +4,8 @@ measure_codec.py: how well a codec does, as the table in assets/README.md.
     pip install pystoi pesq soxr && apt install opus-tools        # needed here and nowhere else in the project
     python assets/measure_codec.py --data assets/speech assets/music FOLDER --music assets/music
 
-Clips the codec was not trained on (train_codec.py's rule: a folder's `val/`, else one file in fifty) go through 1, 2, 4
-and 8 codebooks and, beside them, through Opus at 6 kbit/s, the rate of 8 codebooks. For every clip:
+Clips the codec was not trained on (train_codec.py's rule, `data.split_clips`) go through 1, 2, 4 and 8 codebooks and,
+beside them, through Opus at 6 kbit/s, the rate of 8 codebooks. For every clip:
 
     mel distance   mean |difference| of mel.py's log-mel, in nats of power; lower is better
     SI-SDR         scale-invariant signal-to-distortion ratio in dB (Le Roux et al., 1811.02508): the waveform itself
@@ -51,8 +51,8 @@ def opus(wave):
         soundfile.write(original, wave, SAMPLE_RATE)
         try:
             subprocess.run(["opusenc", "--quiet", "--bitrate", "6", "--hard-cbr", original, coded], check=True)
-            subprocess.run(["opusdec", "--quiet", "--rate", str(SAMPLE_RATE), "--no-dither", coded, decoded], check=True,
-                           stderr=subprocess.DEVNULL)
+            subprocess.run(["opusdec", "--quiet", "--rate", str(SAMPLE_RATE), "--no-dither", coded, decoded],
+                           check=True, stderr=subprocess.DEVNULL)
         except FileNotFoundError as error:
             sys.exit(f"error: {error.filename} not found; it comes with opus-tools (apt install opus-tools)")
         out, _ = soundfile.read(decoded, dtype="float32")

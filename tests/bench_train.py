@@ -61,7 +61,7 @@ def main():
     torch.manual_seed(0)
     codes = torch.randint(CODEBOOK_SIZE, (8, 1, 512), device=args.device)
     mel = torch.randn(8, 512, 80, device=args.device)
-    targets = torch.randint(CODEBOOK_SIZE, (8, 512), device=args.device)
+    targets = torch.randint(CODEBOOK_SIZE, (8, 1, 512), device=args.device)
     models = {"nanoGPT-shaped": NanoGPT(), "gpt-s": HybridGPT(PRESETS["gpt-s"]), "hybrid": HybridGPT(PRESETS["hybrid"])}
     optimizers = {}
     for name, model in models.items():

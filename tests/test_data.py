@@ -80,6 +80,24 @@ def test_codes_and_mel_on_disk_are_those_of_the_whole_clip(tmp_path, tiny_codec)
     assert len(np.unique(dataset.codes[:, 0])) > 5, "the tiny codec must tell frames apart for this to mean anything"
 
 
+@pytest.mark.parametrize("mel_codebooks", [1, 8])
+def test_the_mel_may_be_that_of_what_some_codebooks_decode_to(tmp_path, tiny_codec, mel_codebooks):
+    folder = clips(tmp_path / "in")
+    original = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
+    decoded = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=mel_codebooks)
+    assert original.key != decoded.key and np.array_equal(original.codes, decoded.codes)
+    for start, end in [*decoded.train, *decoded.val]:
+        codes = torch.from_numpy(decoded.codes[start:end].astype(np.int64)).T[None]
+        mel = log_mel(tiny_codec.decode(codes[:, :mel_codebooks]))[0].numpy()
+        np.testing.assert_allclose(decoded.mel[start:end], mel, rtol=1e-3, atol=5e-3)
+        assert np.abs(original.mel[start:end] - mel).mean() > 0.1
+
+
+def test_a_mel_of_more_codebooks_than_there_are_is_refused(tmp_path, tiny_codec):
+    with pytest.raises(DataError, match="has 8 codebooks"):
+        prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=9)
+
+
 def test_a_long_file_is_encoded_in_pieces_as_if_in_one(tmp_path, tiny_codec):
     clips(tmp_path / "in", n=1, seconds=23.456)
     dataset = prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
@@ -298,8 +316,8 @@ def test_inputs_are_the_targets_one_frame_behind_and_windows_stay_inside_their_c
     started, drawn = set(), set()
     for step in range(60):
         codes, mel, targets = mixed.batch(0, step, 8, 32)
-        assert codes.shape == (8, 1, 32) and mel.shape == (8, 32, 80) and targets.shape == (8, 32)
-        for c, m, t in zip(codes[:, 0].tolist(), mel, targets.tolist()):
+        assert codes.shape == (8, 1, 32) and mel.shape == (8, 32, 80) and targets.shape == (8, mixed.codes.shape[1], 32)
+        for c, m, t in zip(codes[:, 0].tolist(), mel, targets[:, 0].tolist()):
             n = 32 - t.count(IGNORE)
             start, end = clip_of(mixed, t[0])
             assert [start, end] in mixed.train.tolist()
@@ -322,8 +340,9 @@ def scored(dataset, context, batch_size):
     """[(row of the target, its position in the window, the window's first code, clip)] in order."""
     out = []
     for codes, mel, targets, clip in dataset.validation(context, batch_size):
-        for b, p in (targets != IGNORE).nonzero().tolist():
-            out.append((targets[b, p].item(), p, codes[b, 0, 0].item(), clip[b].item()))
+        assert ((targets == IGNORE) == (targets[:, :1] == IGNORE)).all()          # all codebooks of a frame, or none
+        for b, p in (targets[:, 0] != IGNORE).nonzero().tolist():
+            out.append((targets[b, 0, p].item(), p, codes[b, 0, 0].item(), clip[b].item()))
     return out
 
 
@@ -353,7 +372,7 @@ def test_validation_windows_are_the_same_for_any_batch_size_and_every_time(mixed
 
 def test_validation_inputs_are_the_targets_one_frame_behind(mixed):
     for codes, mel, targets, _ in mixed.validation(32, 4):
-        for c, m, t in zip(codes[:, 0], mel, targets):
+        for c, m, t in zip(codes[:, 0], mel, targets[:, 0]):
             for p in (t != IGNORE).nonzero()[:, 0].tolist():
                 at_start = t[p].item() in mixed.val[:, 0]
                 assert c[p].item() == (START if at_start else t[p].item() - 1)

@@ -15,7 +15,8 @@ from model import (IGNORE, PRESETS, START, Attention, Cache, CheckpointError, Co
 
 HYBRID = Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, context=16)
 TOKENS, MEL = replace(HYBRID, use_mel=False), replace(HYBRID, use_codes=False)
-EACH = pytest.mark.parametrize("config", [HYBRID, TOKENS, MEL], ids=["hybrid", "token-only", "mel-only"])
+DEEP = replace(HYBRID, n_codebooks=4, n_depth_embd=16)
+EACH = pytest.mark.parametrize("config", [HYBRID, TOKENS, MEL, DEEP], ids=["hybrid", "token-only", "mel-only", "deep"])
 
 
 def make(config):
@@ -29,12 +30,12 @@ def make(config):
 
 
 def inputs(T, B=2, seed=1):
-    """Random codes (B, 1, T) that begin with START, mel (B, T, 80), targets (B, T)."""
+    """Random codes (B, 1, T) that begin with START, mel (B, T, 80), targets (B, 4, T)."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(1024, (B, 1, T), generator=generator)
     codes[:, :, 0] = START
     return (codes, torch.randn(B, T, 80, generator=generator) * 3 - 5,
-            torch.randint(1024, (B, T), generator=generator))
+            torch.randint(1024, (B, 4, T), generator=generator))
 
 
 @torch.no_grad()
@@ -45,7 +46,9 @@ def logits_of(model, codes, mel):
 # ----------------------------------------------------------------------------- size and loss
 
 def test_presets_have_the_sizes_of_the_paper():
-    n = {name: HybridGPT(config).n_params() for name, config in PRESETS.items()}
+    """The depth blocks not counted: only `nano` and its twin have them."""
+    n = {name: HybridGPT(replace(config, n_codebooks=1)).n_params() for name, config in PRESETS.items()}
+    assert [name for name, config in PRESETS.items() if config.n_codebooks > 1] == ["nano", "nano-gpt"]
     assert abs(n["gpt-s"] / 3.7e6 - 1) < 0.05
     assert abs(n["hybrid"] / 4.0e6 - 1) < 0.05
     assert abs(n["gpt-l"] / 40e6 - 1) < 0.05
@@ -63,22 +66,21 @@ def test_presets_differ_between_twins_in_the_mel_branch_and_the_mlp_only():
 @EACH
 def test_the_loss_is_the_mean_cross_entropy_over_targets_that_count(config):
     model, (codes, mel, targets) = make(config), inputs(12)
-    targets[0, 7:] = IGNORE
+    targets[0, :, 7:] = IGNORE
     with torch.no_grad():
-        logits, loss = model(codes, mel, targets)
-    assert logits.shape == (2, 12, 1024)
-    by_hand = [-logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(2) for t in range(12)
-               if targets[b, t] != IGNORE]
+        logits, losses = model(codes, mel, targets)
+    assert logits.shape == (2, 12, 1024) and losses.shape == (config.n_codebooks,)
+    by_hand = [-logits[b, t].log_softmax(-1)[targets[b, 0, t]] for b in range(2) for t in range(12)
+               if targets[b, 0, t] != IGNORE]
     assert len(by_hand) == 19
-    assert abs(loss - sum(by_hand) / 19) < 1e-5
-    assert model(codes, mel)[1] is None
+    assert abs(losses[0] - sum(by_hand) / 19) < 1e-5
 
 
 @EACH
 def test_an_untrained_model_knows_nothing(config):
     torch.manual_seed(0)
-    logits, loss = HybridGPT(config)(*inputs(16, B=8))
-    assert abs(loss.item() - 6.931) < 0.1                     # ln 1024
+    logits, losses = HybridGPT(config)(*inputs(16, B=8))
+    assert (losses - 6.931).abs().max() < 0.1                 # ln 1024
 
 
 def test_finer_codebooks_are_not_read():
@@ -93,7 +95,7 @@ def test_twenty_steps_on_one_batch_lower_the_loss():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
-        _, loss = model(*batch)
+        loss = model(*batch)[1].sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -104,7 +106,7 @@ def test_twenty_steps_on_one_batch_lower_the_loss():
 @EACH
 def test_every_parameter_gets_a_gradient(config):
     model = make(config)
-    model(*inputs(12))[1].backward()
+    model(*inputs(12))[1].sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
@@ -117,10 +119,51 @@ def test_dropout_acts_in_training_and_not_in_evaluation():
 
 
 @pytest.mark.parametrize("wrong", [dict(use_codes=False, use_mel=False), dict(n_head=3), dict(n_embd=30, n_head=2),
-                                   dict(n_mel_embd=40)])
+                                   dict(n_mel_embd=40), dict(n_codebooks=2, n_depth_embd=40)])
 def test_a_config_that_cannot_work_is_a_value_error(wrong):
     with pytest.raises(ValueError):
         HybridGPT(replace(HYBRID, **wrong))
+
+
+# ----------------------------------------------------------------------------- the finer codes
+
+def test_the_coarse_code_is_predicted_as_without_finer_ones():
+    deep, flat = make(DEEP), make(HYBRID)
+    flat.load_state_dict({name: p for name, p in deep.state_dict().items() if not name.startswith("depth")})
+    codes, mel, targets = inputs(12)
+    with torch.no_grad():
+        (logits, losses), (flat_logits, flat_losses) = deep(codes, mel, targets), flat(codes, mel, targets)
+    assert torch.equal(logits, flat_logits) and losses[0] == flat_losses[0] and len(flat_losses) == 1
+
+
+@torch.no_grad()
+def test_a_finer_code_depends_on_its_frame_and_the_coarser_codes_of_it_and_on_nothing_else():
+    model, (codes, mel, targets) = make(DEEP), inputs(12)
+    _, x = model(codes, mel)                                  # (2, 12, n_embd)
+    x, chosen = x[:, 5], targets[:, :3, 5]                    # one frame of either clip
+    logits = model.finer_logits(x, chosen)
+    assert logits.shape == (2, 3, 1024)
+    for k in range(3):
+        other = chosen.clone()
+        other[:, k] = (other[:, k] + 1) % 1024
+        changed = model.finer_logits(x, other)
+        assert torch.equal(changed[:, :k], logits[:, :k])
+        assert all((changed[:, j] - logits[:, j]).abs().max() > 1e-3 for j in range(k, 3))
+        torch.testing.assert_close(model.finer_logits(x, chosen[:, :k + 1]), logits[:, :k + 1])   # a prefix is enough
+    assert (model.finer_logits(x.flip(0), chosen) - logits).abs().max() > 1e-3
+    torch.testing.assert_close(model.finer_logits(x[1:], chosen[1:]), logits[1:])
+
+
+@torch.no_grad()
+def test_the_losses_of_finer_codebooks_are_what_their_logits_say():
+    model, (codes, mel, targets) = make(DEEP), inputs(12)
+    targets[0, :, 7:] = IGNORE
+    _, losses = model(codes, mel, targets)
+    _, x = model(codes, mel)
+    for k in (1, 2, 3):
+        by_hand = [-model.finer_logits(x[b, t:t + 1], targets[b:b + 1, :k, t])[0, -1].log_softmax(-1)[targets[b, k, t]]
+                   for b in range(2) for t in range(12) if targets[b, k, t] != IGNORE]
+        assert len(by_hand) == 19 and abs(losses[k] - sum(by_hand) / 19) < 1e-5
 
 
 # ----------------------------------------------------------------------------- causality
@@ -275,7 +318,7 @@ def test_rotation_keeps_lengths_and_turns_position_zero_not_at_all():
 
 @EACH
 def test_what_enters_the_stack_has_variance_one_whichever_branches_there_are(config):
-    model = HybridGPT(replace(config, n_embd=128, n_inner=256, n_mel_embd=128, context=64))
+    model = HybridGPT(replace(config, n_embd=128, n_inner=256, n_mel_embd=128, n_depth_embd=64, context=64))
     entered = []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
     model(torch.randint(1024, (4, 1, 64)), torch.randn(4, 64, 80))

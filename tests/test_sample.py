@@ -125,32 +125,36 @@ def test_the_generator_decides_what_is_drawn():
 
 # ----------------------------------------------------------------------------- the loop
 
-@pytest.mark.parametrize("use_mel", [True, False], ids=["hybrid", "token-only"])
+@pytest.mark.parametrize("use_mel, K", [(True, 1), (False, 1), (True, 8)], ids=["hybrid", "token-only", "deep"])
 @pytest.mark.parametrize("n_prompt", [0, 10])
-def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use_mel, n_prompt):
+def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use_mel, K, n_prompt):
     """Forty frames with a context of 16: before every draw the whole past is decoded, analysed and modelled anew."""
     torch.manual_seed(0)
     model = HybridGPT(Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, context=16,
-                             use_mel=use_mel)).eval()
+                             use_mel=use_mel, n_codebooks=K, n_depth_embd=32)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3)
-    prompt = torch.randint(1024, (1, 1, n_prompt)) if n_prompt else None
+    prompt = torch.randint(1024, (1, K, n_prompt)) if n_prompt else None
     frames = list(generate(model, tiny_codec, 40, num=2, prompt=prompt, generator=torch.Generator().manual_seed(1)))
     codes, wave = (torch.cat(parts, dim=-1) for parts in zip(*frames))
-    assert codes.shape == (2, 1, n_prompt + 40) and wave.shape == (2, (n_prompt + 40) * HOP)
+    assert codes.shape == (2, K, n_prompt + 40) and wave.shape == (2, (n_prompt + 40) * HOP)
     torch.testing.assert_close(wave, tiny_codec.decode(codes), rtol=1e-4, atol=1e-5)
 
-    generator, again = torch.Generator().manual_seed(1), torch.full((2, 1, 1), START)
+    generator, again = torch.Generator().manual_seed(1), torch.full((2, K, 1), START)
     if n_prompt:
-        again = torch.cat([again, prompt.expand(2, 1, -1)], dim=-1)
+        again = torch.cat([again, prompt.expand(2, -1, -1)], dim=-1)
     for _ in range(40):
         mel = torch.zeros(2, 1, 80)
         if again.shape[-1] > 1:
             mel = torch.cat([mel, log_mel(tiny_codec.decode(again[..., 1:]))], dim=1)
         with torch.no_grad():
-            logits, _ = model(again, mel)
-        again = torch.cat([again, draw(logits[:, -1], generator=generator)[:, None, None]], dim=-1)
+            logits, x = model(again, mel)
+            chosen = draw(logits[:, -1], generator=generator)[:, None]
+            while chosen.shape[1] < K:
+                finer = model.finer_logits(x[:, -1], chosen)[:, -1]
+                chosen = torch.cat([chosen, draw(finer, generator=generator)[:, None]], dim=1)
+        again = torch.cat([again, chosen[..., None]], dim=-1)
     assert torch.equal(again[..., 1:], codes)
     assert codes[..., n_prompt:].unique().numel() > 40        # not one code for ever
 
@@ -195,17 +199,40 @@ def test_num_3_writes_three_different_files(run, tmp_path):
     assert {len(soundfile.read(p)[0]) for p in tmp_path.iterdir()} == {30 * HOP}
 
 
-def test_the_output_begins_with_the_prompt_as_its_coarse_codes_decode(run, tmp_path, tiny_codec):
+def test_the_output_begins_with_the_prompt_as_its_codes_decode(run, tmp_path, tiny_codec):
     soundfile.write(tmp_path / "prompt.wav", noise(0.5, 48_000, 2), 48_000)
     assert run("--prompt", "prompt.wav", "--num", 2).code == 0
     wave = torch.from_numpy(np.concatenate(list(data.read_audio(tmp_path / "prompt.wav"))))
     assert abs(len(wave) - 12_000) <= 1
-    heard = tiny_codec.decode(tiny_codec.encode(wave[None], n_codebooks=1))[0].clamp(-1, 1).numpy()
+    heard = tiny_codec.decode(tiny_codec.encode(wave[None]))[0].clamp(-1, 1).numpy()
     for name in ("sample-1.wav", "sample-2.wav"):
         out, _ = soundfile.read(tmp_path / name)
         assert len(out) == len(heard) + 30 * HOP
         np.testing.assert_allclose(out[:len(heard)], heard, atol=1e-4)            # 16 bits
     assert (tmp_path / "sample-1.wav").read_bytes() != (tmp_path / "sample-2.wav").read_bytes()
+
+
+def test_a_dash_streams_the_samples_of_the_file_to_standard_output(ckpt, tmp_path):
+    command = [sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "0.4", "--device", "cpu", "--out"]
+    streamed = subprocess.run([*command, "-"], cwd=tmp_path, capture_output=True)
+    assert streamed.returncode == 0 and list(tmp_path.iterdir()) == [] and b"0.40 s" in streamed.stderr
+    subprocess.run([*command, "a.wav"], cwd=tmp_path, check=True, capture_output=True)
+    assert np.array_equal(np.frombuffer(streamed.stdout, "<i2"), soundfile.read(tmp_path / "a.wav", dtype="int16")[0])
+
+
+def test_the_stream_begins_long_before_it_ends_and_a_listener_may_leave(ckpt, tmp_path):
+    process = subprocess.Popen([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu",
+                                "--out", "-"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert len(process.stdout.read(10 * HOP * 2)) == 10 * HOP * 2
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and b"Traceback" not in process.stderr.read()
+
+
+def test_an_interrupted_run_leaves_what_was_there(run, tmp_path):
+    (tmp_path / "sample.wav").write_bytes(b"dear")
+    with mock.patch.object(HybridGPT, "finer_logits", side_effect=KeyboardInterrupt):
+        assert run().code == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["sample.wav"] and (tmp_path / "sample.wav").read_bytes() == b"dear"
 
 
 def test_silence_can_be_continued(run, tmp_path):
@@ -234,6 +261,7 @@ def test_prompt_and_output_may_be_the_same_file(run, tmp_path):
     (["--seconds", "nan"], ["--seconds"]),
     (["--seconds", "inf"], ["--seconds"]),
     (["--num", 0], ["--num"]),
+    (["--num", 2, "--out", "-"], ["--num 1"]),
     (["--top-k", 0], ["--top-k"]),
     (["--top-p", 1.5], ["--top-p"]),
     (["--device", "abacus"], ["abacus"]),

@@ -184,6 +184,34 @@ def test_twins_see_the_same_batches(run, tmp_path):
     assert all(torch.equal(a, b) for one, two in zip(*seen.values()) for a, b in zip(one, two))
 
 
+@pytest.mark.parametrize("options, n_codebooks, mel_codebooks", [
+    ([], 8, 8), (["--n-codebooks", 1], 1, 0), (["--n-codebooks", 3], 3, 3), (["--mel-codebooks", 0], 8, 0),
+    (["--n-codebooks", 1, "--mel-codebooks", 2], 1, 2)])
+def test_codes_are_predicted_and_mels_are_shown_of_as_many_codebooks_as_asked(run, tmp_path, options, n_codebooks,
+                                                                              mel_codebooks):
+    result = run(tmp_path, "--steps", 2, *options)
+    assert result.code == 0, result.err
+    model, checkpoint = load_checkpoint(tmp_path / "out.pt")
+    meta = json.loads((run.cache / checkpoint["data_key"] / "meta.json").read_text())
+    assert model.config.n_codebooks == n_codebooks and meta["mel_codebooks"] == mel_codebooks
+    for entry in evaluations(tmp_path / "out.jsonl"):
+        finer = entry.get("val_nll_finer", [])
+        assert len(finer) == n_codebooks - 1 and all(6 < nll < 7.5 for nll in finer)
+
+
+def test_eval_shows_the_mel_of_training_or_the_one_asked_for(run, trained):
+    figures = [json.loads(run(trained, "--eval", "out.pt", "--device", "cpu", *options, small=False).out)
+               for options in ([], ["--mel-codebooks", 8], ["--mel-codebooks", 1], ["--mel-codebooks", 0])]
+    assert [f["mel_codebooks"] for f in figures] == [8, 8, 1, 0]
+    nll = [f["val_nll"] for f in figures]
+    assert nll[0] == nll[1] == evaluations(trained / "out.jsonl")[-1]["val_nll"] and len({*nll}) == 3
+
+
+def test_more_codebooks_than_the_codec_has_are_refused(run, tmp_path):
+    assert_refused(run(tmp_path, "--n-codebooks", 9), "8 codebooks", "--n-codebooks")
+    assert_refused(run(tmp_path, "--mel-codebooks", 9), "8 codebooks")
+
+
 def test_splitting_a_batch_into_parts_changes_nothing(run, tmp_path):
     """With clips shorter than the context, so that the parts hold different numbers of targets."""
     folder = write_clips(tmp_path / "short", [0.1, 0.7, 0.15, 0.2, 0.6, 0.1, 0.3])

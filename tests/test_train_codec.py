@@ -111,7 +111,7 @@ class Spectrogram(torch.nn.Module):
         return spectrum.view(*x.shape[:2], *spectrum.shape[1:]) / self.n_fft ** 0.5
 
 
-def test_training_with_a_discriminator_writes_a_codec_and_goes_on_where_it_stopped(tmp_path, monkeypatch, speech, capsys):
+def test_training_with_a_discriminator_writes_a_codec_and_resumes_where_it_stopped(tmp_path, monkeypatch, speech, capsys):
     monkeypatch.setattr(sys.modules["torchaudio"], "transforms", types.SimpleNamespace(Spectrogram=Spectrogram),
                         raising=False)
     for i, wave in enumerate(speech):
@@ -119,8 +119,8 @@ def test_training_with_a_discriminator_writes_a_codec_and_goes_on_where_it_stopp
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, wave.numpy(), 24_000)
     out = tmp_path / "codec.pt"
-    command = ["train_codec.py", "--data", str(tmp_path / "audio"), "--n-filters", "4", "--dimension", "16", "--lstm", "1",
-               "--batch-size", "1", "--adversarial", "0.3", "--device", "cpu", "--out", str(out)]
+    command = ["train_codec.py", "--data", str(tmp_path / "audio"), "--n-filters", "4", "--dimension", "16", "--lstm",
+               "1", "--batch-size", "1", "--adversarial", "0.3", "--device", "cpu", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", command + ["--minutes", "0.2"])
     train_codec.main()
     before = torch.load(f"{out}.last", weights_only=True)

@@ -1,0 +1,72 @@
+"""
+python tests/bench_sample.py                 untrained `nano`, codec mini; needs about three minutes on two cores
+
+Is sampling faster than real time, does it stay so, and what does remembering save? Prints, from one run:
+
+    real-time factor    seconds of audio per second, one stream, everything included
+    second 60 / 5       median time of the frames around second 60 over that around second 5: 1 is constant time
+    recompute / stream  the first ten seconds, against running model, decoder and spectrogram over the whole past for
+                        every frame (every tenth frame is timed; weights do not matter to the time, so none are trained)
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from mel import FRAME_RATE, log_mel
+from model import PRESETS, START, HybridGPT
+from sample import draw, generate
+from tokens import load_codec
+
+
+@torch.no_grad()
+def recompute(model, codec, codes):
+    """One frame of a sampler that remembers nothing: codes (B, K, t) so far -> (B, K, t + 1)."""
+    B, K, t = codes.shape
+    mel = torch.zeros(B, 1, model.config.n_mels)
+    if t:
+        mel = torch.cat([mel, log_mel(codec.decode(codes))], dim=1)
+    logits, x = model(torch.cat([torch.full((B, K, 1), START), codes], dim=-1), mel)
+    chosen = draw(logits[:, -1])[:, None]
+    while chosen.shape[1] < model.config.n_codebooks:
+        chosen = torch.cat([chosen, draw(model.finer_logits(x[:, -1], chosen)[:, -1])[:, None]], dim=1)
+    return torch.cat([codes, chosen[..., None]], dim=-1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time sampling.")
+    parser.add_argument("--model", choices=PRESETS, default="nano")
+    parser.add_argument("--num", type=int, default=1, help="streams side by side (default: 1)")
+    parser.add_argument("--seconds", type=int, default=62, help="at least 10 (default: 62, which shows second 60)")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    model, codec = HybridGPT(PRESETS[args.model]).eval(), load_codec("mini")
+
+    codes, times, before = [], [], time.perf_counter()
+    for frame, _ in generate(model, codec, args.seconds * FRAME_RATE, args.num):
+        codes.append(frame)
+        times.append(time.perf_counter() - before)
+        before = time.perf_counter()
+    codes, times = torch.cat(codes, dim=-1), torch.tensor(times)
+    around = lambda second: times[(second - 1) * FRAME_RATE:(second + 1) * FRAME_RATE].median().item()
+    print(f"{args.model}, {model.config.n_codebooks} codebooks, {args.num} stream(s), {torch.get_num_threads()} "
+          f"threads: median {1000 * times.median():.2f} ms a frame")
+    print(f"real-time factor    {args.num * args.seconds / times.sum():.2f}")
+    if args.seconds > 61:
+        print(f"second 60 / 5       {around(60) / around(5):.3f}   ({1000 * around(60):.2f} over "
+              f"{1000 * around(5):.2f} ms)")
+
+    sampled = range(0, 10 * FRAME_RATE, 10)
+    start = time.perf_counter()
+    for t in sampled:
+        recompute(model, codec, codes[..., :t])
+    recomputed = (time.perf_counter() - start) / len(sampled) * 10 * FRAME_RATE
+    streamed = times[:10 * FRAME_RATE].sum()
+    print(f"recompute / stream  {recomputed / streamed:.1f}   (10 s of audio: {recomputed:.0f} over {streamed:.1f} s)")
+
+
+if __name__ == "__main__":
+    main()

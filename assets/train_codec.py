@@ -15,7 +15,7 @@ once, from random weights, ends with a codec of one codebook that says little; s
   3. each codebook is fitted by k-means to what the codebooks before it left over: the envelope is most of the latents'
      variance, so the coarse codes hold it, the finer ones the waveform. The decoder learns to hear 1, 2, 4 or 8
      codebooks, another number for every clip of the batch: any number will decode;
-  4. encoder, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser;
+  4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser;
   5. k-means once more, so that all codes are used, and the decoder once more alone.
 
 With --adversarial EnCodec's multi-scale STFT discriminator listens too, from that part of the time on.
@@ -26,6 +26,7 @@ gradient. Everything runs on one CPU or GPU; a clock, not a step count, sets the
 train.py would validate on, see `data.split_clips`) are measured every few minutes.
 """
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -47,8 +48,8 @@ from encodec.modules import SConv1d, SConvTranspose1d, SLSTM          # after to
 from encodec.modules.seanet import SEANetResnetBlock
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
-WEIGHTS = {"mel": 1.0, "wave": 0.25, "adversarial": 1.0, "features": 1.0,     # shares of the gradient, see `balance`:
-           "decoder": 1.0, "envelope": 1.0, "commitment": 0.3}                # at the decoder's output, at the latents
+WEIGHTS = {"mel": 1.0, "wave": 0.25, "adversarial": 1.0, "features": 1.0,     # shares of the gradient, see `balance`
+           "decoder": 1.0, "envelope": 1.0, "waveform": 1.0, "commitment": 0.3}
 COUNTS = torch.tensor([1, 2, 4, 8])                           # codebooks a clip of the batch may be decoded from
 OFTEN = (0.4, 0.15, 0.1, 0.35)                                # and how often each
 PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # each until which part of the time, with which learning
@@ -201,33 +202,32 @@ def follow(book, index, x, decay=0.99):
     book.embed.copy_(book.embed_avg / book.cluster_size[:, None])
 
 
+@torch.no_grad()
 def quantize(quantizer, latents, counts, adapt):
-    """Latents (B, C, T), clip i through its first counts[i] codebooks -> (B, C, T), and the commitment loss.
+    """Latents (B, C, T), clip i through its first counts[i] codebooks -> (B, C, T), and what codebook 1 says alone.
 
-    The gradient skips the quantiser: what the decoder asks of the sum, the encoder hears unchanged. The commitment loss
-    asks the encoder to stay near the vectors chosen, relative to the latents' variance. adapt: codebooks follow.
+    adapt: let the codebooks follow.
     """
     B, C, T = latents.shape
     rest, used = latents.mT.reshape(-1, C), counts.repeat_interleave(T)
-    total, commitment = torch.zeros_like(rest), 0.0
+    total = torch.zeros_like(rest)
     for k, layer in enumerate(quantizer.vq.layers):
-        index = nearest(rest.detach(), layer._codebook.embed)
+        index = nearest(rest, layer._codebook.embed)
         chosen = layer._codebook.embed[index]
         if adapt:
-            follow(layer._codebook, index, rest.detach())
-        rest, heard = rest - chosen, used > k
-        total = total + chosen * heard[:, None]
-        commitment = commitment + (rest.square().mean(1) * heard).mean()
-    total = total.view(B, T, C).mT
-    return latents + (total - latents).detach(), commitment / latents.detach().var((0, 2)).mean()
+            follow(layer._codebook, index, rest)
+        total += chosen * (used > k)[:, None]
+        rest = rest - chosen
+        first = chosen if k == 0 else first
+    return total.view(B, T, C).mT, first.view(B, T, C).mT
 
 
 # ----------------------------------------------------------------------------- losses
 
-def log_bands(wave, n_fft, n_mels, hop):
-    """log(mel power + 3e-4), wave (B, N) -> (B, N // hop, n_mels). The floor is some 55 dB below a voice: the slope of
+def log_bands(wave, n_fft, n_mels, hop, floor=3e-5):
+    """log(mel power + floor), wave (B, N) -> (B, N // hop, n_mels). The floor is some 65 dB below a voice: the slope of
     the logarithm is largest where there is least to hear."""
-    return (mel_power(frame(wave, n_fft, hop), n_mels) + 3e-4).log()
+    return (mel_power(frame(wave, n_fft, hop), n_mels) + floor).log()
 
 
 class Envelope:
@@ -241,13 +241,16 @@ class Envelope:
     """
 
     def __init__(self, wave, n):
-        bands = log_bands(wave, 1024, 80, HOP).flatten(0, 1)
-        self.mean, self.scale = bands.mean(0), 1.0
+        bands = self.bands(wave).flatten(0, 1)
+        self.n, self.mean, self.scale = n, bands.mean(0), 1.0
         self.basis = torch.linalg.eigh(torch.cov(bands.T))[1].flip(1)[:, :n]          # (80, n)
         self.scale = self(wave)[..., 1:].var((0, 2)).sum().rsqrt()
 
+    def bands(self, wave):
+        return log_bands(wave, 1024, 80, HOP, floor=3e-4)     # a coarse code has no room for what is very quiet
+
     def __call__(self, wave):
-        components = ((log_bands(wave, 1024, 80, HOP) - self.mean) @ self.basis).transpose(1, 2) * self.scale
+        components = ((self.bands(wave) - self.mean) @ self.basis).transpose(1, 2) * self.scale
         return components - WHITEN * F.pad(components, (1, 0))[..., :-1]
 
 
@@ -292,7 +295,7 @@ def balance(gradients, norms):
     total = 0.0
     for name, gradient in gradients.items():
         norm = gradient.flatten(1).norm(dim=1).mean()
-        norms[name] = norms.get(name, norm) * 0.99 + norm * 0.01
+        norms[name] = norms.get(name, norm) * 0.99 + norm * 0.01 + 1e-12
         total = total + WEIGHTS[name] * gradient / norms[name]
     return total / sum(WEIGHTS[name] for name in gradients)
 
@@ -330,31 +333,38 @@ def measure(model, held_out, envelope, phase, device, n_clips=12, seconds=4):
 
 # ----------------------------------------------------------------------------- training
 
-def backward(model, wave, counts, phase, envelope, norms, discriminator=None):
+def backward(model, before, wave, counts, phase, envelope, norms, discriminator=None):
     """One batch through the model: leaves gradients on its parameters.
 
-    wave (B, N); counts (B,) codebooks, of which phase 2 only asks whether it is one; phase as in the module's head;
-    discriminator: None until it joins. Returns the losses by name and, from phase 2 on, the decoded wave (B, N).
+    before: the encoder as phase 3 found it; wave (B, N); counts (B,) codebooks, of which phase 2 only asks whether it
+    is one; phase as in the module's head; discriminator: None until it joins. Returns the losses by name and, from
+    phase 2 on, the decoded wave (B, N).
     """
     encoder_learns = phase in (1, 2, 4)
     bf16 = torch.autocast(wave.device.type, torch.bfloat16)   # the networks; codebook search and losses need float32
     with bf16, torch.set_grad_enabled(encoder_learns):
         latents = model.encoder(wave[:, None]).float()        # (B, C, T)
     leaf = latents.detach().requires_grad_(encoder_learns)
+    waveform, shape = leaf.split([leaf.shape[1] - envelope.n, envelope.n], dim=1)         # the two kinds of latents
     losses, pulls, out = {}, {}, None                         # pulls: gradients at the latents
     if phase < 3:
         target = envelope(wave)                               # (B, n, T)
-        spare = latents.shape[1] - target.shape[1]            # latents that come before the envelope's
-        losses["envelope"] = (leaf[:, spare:] - target).square().mean()
-        pulls["envelope"], = torch.autograd.grad(losses["envelope"], leaf)
+        losses["envelope"] = (shape - target).square().mean()
+    if phase == 2:
+        coarse = shape + NOISE * torch.randn_like(shape)
+        heard = torch.where((counts == 1)[:, None, None], F.pad(coarse, (0, 0, waveform.shape[1], 0)), leaf)
+    if phase > 2:
+        heard, first = quantize(model.quantizer, leaf, counts, adapt=phase == 4)
+    if phase == 4:                                            # only the envelope adapts, the waveform stays as it was
+        with bf16, torch.no_grad():
+            target = before(wave[:, None]).float()[:, :waveform.shape[1]]
+        losses["waveform"] = (waveform - target).square().mean()
+        losses["commitment"] = (shape - first[:, waveform.shape[1]:]).square().mean()     # be near a code
+        # the gradient skips the quantiser: what the decoder asks of the code, the encoder hears as asked of its latents
+        heard = heard + torch.cat([torch.zeros_like(waveform), shape - shape.detach()], dim=1)
+    if encoder_learns:
+        pulls = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
     if phase > 1:
-        if phase == 2:
-            coarse = leaf[:, spare:] + NOISE * torch.randn_like(target)
-            heard = torch.where((counts == 1)[:, None, None], F.pad(coarse, (0, 0, spare, 0)), leaf)
-        else:
-            heard, losses["commitment"] = quantize(model.quantizer, leaf, counts, adapt=encoder_learns)
-        if phase == 4:
-            pulls["commitment"], = torch.autograd.grad(losses["commitment"], leaf, retain_graph=True)
         with bf16:
             out = model.decoder(heard)[:, 0].float()          # (B, N)
         at_output = {"mel": mel_loss(out, wave), "wave": wave_loss(out, wave, counts > 2)}
@@ -426,7 +436,8 @@ def main():
     parameters = encoder + decoder
     optimizer = torch.optim.AdamW([{"params": encoder}, {"params": decoder}], betas=(0.8, 0.99), weight_decay=0.0,
                                   fused=True)
-    modules, discriminator = {"model": model, "optimizer": optimizer}, None       # whatever has a state to save
+    before, discriminator = copy.deepcopy(model.encoder), None
+    modules = {"model": model, "before": before, "optimizer": optimizer}          # whatever has a state to save
     if args.adversarial < 1:
         from encodec.msstftd import MultiScaleSTFTDiscriminator
         if not hasattr(sys.modules["torchaudio"], "transforms"):
@@ -475,6 +486,7 @@ def main():
                 with torch.no_grad():
                     latents = torch.cat([model.encoder(w[:, None]).mT.flatten(0, 1) for w in waves])
                     torch._foreach_copy_(averaged, parameters)
+                before.load_state_dict(model.encoder.state_dict())
                 fit_codebooks(model.quantizer, latents)
         (end, *rates), (first, began) = PHASES[phase - 1], state["began"]     # every phase warms up and cools down
         for group, rate in zip(optimizer.param_groups, rates):
@@ -484,7 +496,7 @@ def main():
         counts = COUNTS[torch.from_numpy(rng.choice(4, args.batch_size, p=OFTEN))].to(args.device)
         optimizer.zero_grad(set_to_none=True)
         joined = discriminator if phase > 1 and done > args.adversarial else None
-        losses, out = backward(model, wave, counts, phase, envelope, state["norms"], joined)
+        losses, out = backward(model, before, wave, counts, phase, envelope, state["norms"], joined)
         for half in (encoder, decoder):
             torch.nn.utils.clip_grad_norm_(half, 1.0)
         optimizer.step()

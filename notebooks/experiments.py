@@ -10,7 +10,8 @@ validation NLL on the first dataset with seed 0, and keeps it for the other data
 with its learning rate, trained on the mel of what eight codebooks decode to: on what it is shown when it samples.
 Both hybrids are scored with the mel of the original, of eight codebooks and of one.
 
-A run whose result exists is not run again, an interrupted one goes on where it stopped.
+A run whose result exists, made with the codec that ships now, is not run again; an interrupted one goes on where it
+stopped.
 """
 import argparse
 import json
@@ -23,6 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from tokens import MINI_SHA256
+
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
 MODELS = {"nano": ["--model", "nano", "--n-codebooks", "1"],
           "nano-heard": ["--model", "nano", "--n-codebooks", "1", "--mel-codebooks", "8"],
@@ -45,11 +49,17 @@ def label(dataset):
     return dataset if dataset in ("speech", "music") else "-".join(Path(dataset).resolve().parts[-2:])
 
 
+def read(path):
+    """A run's result, or None if there is none with the codec that ships now."""
+    result = json.loads(path.read_text()) if path.exists() else {}
+    return result if result.get("codec_checksum") == MINI_SHA256[:16] else None
+
+
 def run(dataset, model, lr, seed):
     """Train once, unless that is done; return the result: the best evaluation and what it was made with."""
     name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
     result = RESULTS / f"{name}.json"
-    if not result.exists():
+    if not read(result):
         out = RUNS / f"{name}.pt"
         place = dataset if dataset == label(dataset) else str(Path(dataset).resolve())
         options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", "cpu"]
@@ -92,7 +102,7 @@ def table(datasets):
     for dataset in map(label, datasets):
         means = {}
         for model in MODELS:
-            found = [json.loads(p.read_text()) for p in RESULTS.glob(f"{dataset}-{model}-lr*.json")]
+            found = [result for p in RESULTS.glob(f"{dataset}-{model}-lr*.json") if (result := read(p))]
             if not found:
                 continue
             lr = min((r for r in found if r["seed"] == 0), key=lambda r: r["best"]["val_nll"])["lr"]

@@ -44,7 +44,7 @@ PIECE = 10 * SAMPLE_RATE             # long audio goes through the networks in p
 SILENCE = 8                          # frames of silence before a clip for a codec that pads by reflection
 
 MINI = Path(__file__).parent / "assets" / "mini.pt"
-MINI_SHA256 = "bbbb2bfa4b2de85604a0875bb4432ef94cea2d068b542f2c4a5f98134eca29f8"
+MINI_SHA256 = "a4646574a9f4494fbaaac1f2e85a483bd06e494a30207eab903834153a0a63f0"
 ENCODEC_FILE = "encodec_24khz-d7cc33bc.th"
 
 

@@ -18,6 +18,7 @@ from conftest import liven
 from encodec.model import EncodecModel
 
 import tokens
+from mel import log_mel
 from tokens import HOP, SILENCE, Codec, CodecError, build_mini, load_codec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm")      # deprecated in torch, used by encodec
@@ -415,13 +416,21 @@ def test_a_folder_without_the_weights_or_with_wrong_ones_is_refused(meta, stand_
 
 # ----------------------------------------------------------------------------- the bundled codec
 
-def test_mini_is_small_and_each_doubling_of_its_codebooks_brings_the_waveform_closer():
+def test_mini_is_small():
     codec = load_codec("mini")
     assert codec.n_codebooks == 8 and codec.silence_frames == 0
     assert tokens.MINI.stat().st_size <= 10 * 2 ** 20
+
+
+@pytest.mark.parametrize("view", [
+    pytest.param(lambda wave: wave, id="waveform"),
+    pytest.param(log_mel, id="mel", marks=pytest.mark.xfail(
+        strict=True, reason="the finer codes put a little noise into this clip's pauses: see assets/README.md"))])
+def test_each_doubling_of_minis_codebooks_brings_the_audio_closer(view):
+    codec = load_codec("mini")
     samples, rate = soundfile.read(sorted((SPEECH / "val").glob("*.ogg"))[0], dtype="float32", frames=5 * 24_000)
     wave = torch.from_numpy(samples)[None, :len(samples) // HOP * HOP]
     assert rate == tokens.SAMPLE_RATE
     codes = codec.encode(wave)
-    distances = [(codec.decode(codes[:, :k]) - wave).square().mean().item() for k in (1, 2, 4, 8)]
+    distances = [(view(codec.decode(codes[:, :k])) - view(wave)).abs().mean().item() for k in (1, 2, 4, 8)]
     assert distances == sorted(distances, reverse=True), distances

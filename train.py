@@ -69,6 +69,10 @@ def parse_arguments():
     for name in ("steps", "batch_size", "accumulate", "eval_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.n_codebooks is not None and args.n_codebooks < 1:
+        parser.error("--n-codebooks must be at least 1")
+    if args.mel_codebooks is not None and args.mel_codebooks < 0:
+        parser.error("--mel-codebooks must be 0 or more")
     for name in ("warmup", "weight_decay", "seed"):
         if not 0 <= getattr(args, name) < 2**63:              # false for nan, too
             parser.error(f"--{name.replace('_', '-')} must be 0 or more")

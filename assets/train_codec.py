@@ -218,7 +218,8 @@ def quantize(quantizer, latents, counts, adapt):
             follow(layer._codebook, index, rest)
         total += chosen * (used > k)[:, None]
         rest = rest - chosen
-        first = chosen if k == 0 else first
+        if k == 0:
+            first = chosen
     return total.view(B, T, C).mT, first.view(B, T, C).mT
 
 
@@ -414,6 +415,12 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from OUT.last, written every two minutes")
     args = parser.parse_args()
     last = f"{args.out}.last"
+    if not min(args.minutes, args.batch_size, args.frames, args.n_filters, args.lstm) > 0 or args.dimension < 8:
+        parser.error("--dimension must be at least 8, all other sizes and --minutes above 0")
+    if not Path(args.out).parent.is_dir():
+        parser.error(f"--out {args.out}: no such folder")
+    if not args.resume and Path(last).exists():
+        sys.exit(f"error: {last} exists: continue it with --resume, delete it, or choose another --out")
     try:
         state = torch.load(last, map_location=args.device, weights_only=True) if args.resume else {}
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):

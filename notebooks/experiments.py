@@ -117,7 +117,7 @@ def table(datasets):
                          f"{' '.join(f'{n:.3f}' for n in nll)} | {mean('val_nll'):.3f}{spread} | "
                          f"{mean('val_ppl'):.1f} | {100 * mean('val_acc'):.1f} % | {mean('unigram_nll'):.3f} | "
                          f"{shown[0]} | {shown[1]} |")
-        for model in means.keys() - {"nano-gpt"} if "nano-gpt" in means else ():
+        for model in [m for m in means if m != "nano-gpt"] if "nano-gpt" in means else []:
             gains = [b - a for a, b in zip(means[model], means["nano-gpt"])]
             lines.append(f"| {dataset} | gain of `{model}` | | | {' '.join(f'{g:+.3f}' for g in gains)} | "
                          f"{statistics.mean(gains):+.3f} | | | | | |")

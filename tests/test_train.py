@@ -385,6 +385,8 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--context", 0], ["--context"]),
     (["--out", "run-lr1.5e-3"], ["--out", ".pt"]),
     (["--steps", 0], ["--steps"]),
+    (["--n-codebooks", 0], ["--n-codebooks"]),
+    (["--mel-codebooks", -1], ["--mel-codebooks"]),
     (["--batch-size", "many"], ["--batch-size"]),
     (["--accumulate", 3], ["--accumulate"]),
     (["--model", "gpt-5"], ["gpt-5"]),

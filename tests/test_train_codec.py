@@ -157,6 +157,25 @@ def test_resuming_without_a_state_is_one_clear_line(monkeypatch, tmp_path):
         train_codec.main()
 
 
+@pytest.mark.parametrize("options, words", [(["--minutes", "0"], "--minutes"), (["--minutes", "nan"], "--minutes"),
+                                            (["--batch-size", "0"], "sizes"), (["--dimension", "4"], "--dimension"),
+                                            (["--out", "nowhere/codec.pt"], "no such folder")])
+def test_a_bad_option_is_one_clear_line(monkeypatch, tmp_path, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_codec.py", *options])
+    with pytest.raises(SystemExit, match="2"):
+        train_codec.main()
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_run_that_can_be_continued_is_not_overwritten(monkeypatch, tmp_path):
+    (tmp_path / "codec.pt.last").write_bytes(b"hours of work")
+    monkeypatch.setattr(sys, "argv", ["train_codec.py", "--out", str(tmp_path / "codec.pt")])
+    with pytest.raises(SystemExit, match="codec.pt.last exists: continue it with --resume"):
+        train_codec.main()
+    assert (tmp_path / "codec.pt.last").read_bytes() == b"hours of work"
+
+
 def test_audio_that_cannot_be_used_is_one_clear_line(monkeypatch, tmp_path, speech):
     for name, message in (("missing", "no dataset"), ("empty", "no audio files"), ("single", "one file is not enough"),
                           ("damaged", "b.wav: cannot be read as audio")):

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 CODEBOOK_SIZE = 1024
 START = 1024                         # the code id of the position before a clip's first frame
 IGNORE = -1                          # a target that does not count
+DEPTH_EVERY = 8                      # in training the finer codes of every eighth frame are learnt: they cost most
 
 
 @dataclass
@@ -230,8 +231,9 @@ class HybridGPT(nn.Module):
         nll = lambda logits, targets: F.cross_entropy(logits.float(), targets, ignore_index=IGNORE)
         losses = [nll(logits.flatten(0, 1), targets[:, 0].flatten())]
         if self.config.n_codebooks > 1:
-            targets = targets[:, :self.config.n_codebooks].transpose(1, 2).flatten(0, 1)      # (B * T, K)
-            finer = self.finer_logits(x.flatten(0, 1), targets[:, :-1].clamp(min=0))
+            every = DEPTH_EVERY if self.training else 1
+            targets = targets[:, :self.config.n_codebooks, ::every].transpose(1, 2).flatten(0, 1)     # (n, K)
+            finer = self.finer_logits(x[:, ::every].flatten(0, 1), targets[:, :-1].clamp(min=0))
             losses += [nll(finer[:, k], targets[:, k + 1]) for k in range(finer.shape[1])]
         return logits, torch.stack(losses)
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data import IGNORE, DataError, prepare
-from model import CODEBOOK_SIZE, PRESETS, CheckpointError, HybridGPT, load_checkpoint, to_checkpoint
+from model import CODEBOOK_SIZE, DEPTH_EVERY, PRESETS, CheckpointError, HybridGPT, load_checkpoint, to_checkpoint
 from tokens import CodecError, load_codec
 
 
@@ -138,6 +138,12 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     if len(finer):
         figures["val_nll_finer"] = (finer / counts.sum()).round(4).tolist()
     return figures, sums, counts
+
+
+def counted(targets):
+    """How many frames of targets (B, K, T) count for the coarse code, and how many for the finer ones: (2,)."""
+    counts = targets[:, 0] != IGNORE
+    return torch.stack([counts.sum(), counts[:, ::DEPTH_EVERY].sum()])
 
 
 def learning_rate(step, args):
@@ -297,19 +303,19 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         codes, mel, targets = (t.to(device) for t in data.batch(args.seed, step, args.batch_size, context))
-        n_targets, loss_sum = (targets[:, 0] != IGNORE).sum(), 0.0                # frames
+        n_targets, loss_sum = counted(targets), 0.0           # (2,)
         for c, m, t in zip(*(x.chunk(args.accumulate) for x in (codes, mel, targets))):
             with autocast:
                 _, losses = forward(c, m, t)                  # (K,)
-            loss = losses[0] + (losses[1:].mean() if len(losses) > 1 else 0)
-            loss = loss * ((t[:, 0] != IGNORE).sum() / n_targets)   # the mean over the batch, not over its parts
+            share = counted(t) / n_targets                    # means over the batch, not over its parts
+            loss = losses[0] * share[0] + (losses[1:].mean() * share[1] if len(losses) > 1 else 0)
             loss.backward()
             loss_sum += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        tokens_seen += n_targets.item()
+        tokens_seen += n_targets[0].item()
 
         if step % 20 == 0 or step == args.steps:
             loss_value = loss_sum.item()                      # a CPU-GPU sync point, hence not every step

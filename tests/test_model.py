@@ -166,6 +166,21 @@ def test_the_losses_of_finer_codebooks_are_what_their_logits_say():
         assert len(by_hand) == 19 and abs(losses[k] - sum(by_hand) / 19) < 1e-5
 
 
+@torch.no_grad()
+def test_in_training_every_eighth_frame_teaches_the_finer_codes():
+    model, (codes, mel, targets) = make(DEEP), inputs(20)
+    _, everywhere = model(codes, mel, targets)
+    _, losses = model.train()(codes, mel, targets)
+    assert losses[0] == everywhere[0]                         # the coarse code learns from all of them
+    thinned = targets.clone()
+    thinned[:, 1:] = IGNORE
+    thinned[:, 1:, ::8] = targets[:, 1:, ::8]
+    model.eval()
+    for k in (1, 2, 3):
+        shown = torch.where(torch.arange(4)[:, None] < k, targets, thinned)
+        assert abs(losses[k] - model(codes, mel, shown)[1][k]) < 1e-5
+
+
 # ----------------------------------------------------------------------------- causality
 
 @EACH

@@ -44,7 +44,7 @@ PIECE = 10 * SAMPLE_RATE             # long audio goes through the networks in p
 SILENCE = 8                          # frames of silence before a clip for a codec that pads by reflection
 
 MINI = Path(__file__).parent / "assets" / "mini.pt"
-MINI_SHA256 = "a4646574a9f4494fbaaac1f2e85a483bd06e494a30207eab903834153a0a63f0"
+MINI_SHA256 = "6663800f20dd8deb453702551e52b9a751efb27cf585e12f9112e0a343c6be1c"
 ENCODEC_FILE = "encodec_24khz-d7cc33bc.th"
 
 

@@ -209,7 +209,7 @@ def main():
         print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name,
                           "mel_codebooks": args.mel_codebooks, **figures,
                           "unigram_nll": unigram, "n_params": model.n_params(),
-                          "clip_nll": (sums / counts).round(4).tolist()}))
+                          "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.astype(int).tolist()}))
         return
 
     # --- model, optimiser

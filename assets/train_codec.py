@@ -10,13 +10,12 @@ once, from random weights, ends with a codec of one codebook that says little; s
 
   1. the encoder alone learns to write the spectral envelope, see `Envelope`, into the last eighth of its latents. The
      other seven pass the waveform on, see `initialise`;
-  2. both halves learn to give the sound back from unquantised latents, a third of the clips from the envelope alone,
+  2. both halves learn to give the sound back from unquantised latents, a fifth of the clips from the envelope alone,
      with as much noise on it as one codebook will make;
-  3. each codebook is fitted by k-means to what the codebooks before it left over: the envelope is most of the latents'
-     variance, so the coarse codes hold it, the finer ones the waveform. The decoder learns to hear 1, 2, 4 or 8
-     codebooks, another number for every clip of the batch: any number will decode;
-  4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser;
-  5. k-means once more, so that all codes are used, and the decoder once more alone.
+  3. each codebook is fitted by k-means to what the codebooks before it left over: the first to the envelope and
+     nothing else, see `sayable`, so that ten bits suffice for words, the others to its remainder and the waveform. The
+     decoder learns to hear 1, 2, 4 or 8 codebooks, another number for every clip of the batch: any number will decode;
+  4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser.
 
 With --adversarial EnCodec's multi-scale STFT discriminator listens too, from that part of the time on.
 
@@ -48,12 +47,12 @@ from encodec.modules import SConv1d, SConvTranspose1d, SLSTM          # after to
 from encodec.modules.seanet import SEANetResnetBlock
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
-WEIGHTS = {"mel": 1.0, "wave": 0.25, "adversarial": 1.0, "features": 1.0,     # shares of the gradient, see `balance`
+WEIGHTS = {"mel": 1.0, "wave": 0.1, "adversarial": 1.0, "features": 1.0,      # shares of the gradient, see `balance`
            "decoder": 1.0, "envelope": 1.0, "waveform": 1.0, "commitment": 0.3}
 COUNTS = torch.tensor([1, 2, 4, 8])                           # codebooks a clip of the batch may be decoded from
-OFTEN = (0.4, 0.15, 0.1, 0.35)                                # and how often each
+OFTEN = (0.2, 0.3, 0.2, 0.3)                                  # and how often each
 PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # each until which part of the time, with which learning
-          (0.58, 0, 5e-4), (0.80, 1e-4, 5e-4), (1.0, 0, 5e-4))        # rates of encoder and decoder
+          (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # rates of encoder and decoder
 WHITEN = 0.6                                                  # how much of the last frame `Envelope` takes off
 NOISE = 0.09                                                  # per latent, about what one codebook leaves over
 SMALL = 0.1                                                   # gain of the waveform in the encoder, at the start
@@ -169,18 +168,25 @@ def nearest(x, codebook):
     return (codebook.square().sum(1) - 2 * x @ codebook.T).argmin(1)      # |x|^2 is the same for every candidate
 
 
+def sayable(rest, k, n):
+    """The part of rest (rows, C) that codebook k has words for: the first one has none but for the last n latents.
+
+    All its 1024 words then describe the spectral envelope, and nothing else decides which of them is nearest."""
+    return F.pad(rest[:, -n:], (rest.shape[1] - n, 0)) if k == 0 else rest
+
+
 @torch.no_grad()
-def fit_codebooks(quantizer, latents, rounds=20):
-    """K-means, one codebook after the other, each on what the former left over. latents (n, C)."""
+def fit_codebooks(quantizer, latents, n, rounds=20):
+    """K-means, one codebook after the other, each on what the former left over: latents (rows, C), n see `sayable`."""
     residual = latents
-    for layer in quantizer.vq.layers:
-        book = layer._codebook
+    for k, layer in enumerate(quantizer.vq.layers):
+        book, target = layer._codebook, sayable(residual, k, n)
         if not book.inited:
-            book.embed.copy_(residual[torch.randperm(len(residual))[:CODEBOOK_SIZE]])
+            book.embed.copy_(target[torch.randperm(len(target))[:CODEBOOK_SIZE]])
         for _ in range(rounds):
-            index = nearest(residual, book.embed)
+            index = nearest(target, book.embed)
             count = torch.bincount(index, minlength=CODEBOOK_SIZE)[:, None]
-            total = torch.zeros_like(book.embed).index_add_(0, index, residual)
+            total = torch.zeros_like(book.embed).index_add_(0, index, target)
             book.embed.copy_(torch.where(count > 0, total / count.clamp(min=1), book.embed))
         book.inited.fill_(1)
         book.cluster_size.copy_(count[:, 0] * CODEBOOK_SIZE / len(residual))     # 1 if all are used alike
@@ -203,7 +209,7 @@ def follow(book, index, x, decay=0.99):
 
 
 @torch.no_grad()
-def quantize(quantizer, latents, counts, adapt):
+def quantize(quantizer, latents, counts, n, adapt):
     """Latents (B, C, T), clip i through its first counts[i] codebooks -> (B, C, T), and what codebook 1 says alone.
 
     adapt: let the codebooks follow.
@@ -215,7 +221,7 @@ def quantize(quantizer, latents, counts, adapt):
         index = nearest(rest, layer._codebook.embed)
         chosen = layer._codebook.embed[index]
         if adapt:
-            follow(layer._codebook, index, rest)
+            follow(layer._codebook, index, sayable(rest, k, n))
         total += chosen * (used > k)[:, None]
         rest = rest - chosen
         if k == 0:
@@ -355,7 +361,7 @@ def backward(model, before, wave, counts, phase, envelope, norms, discriminator=
         coarse = shape + NOISE * torch.randn_like(shape)
         heard = torch.where((counts == 1)[:, None, None], F.pad(coarse, (0, 0, waveform.shape[1], 0)), leaf)
     if phase > 2:
-        heard, first = quantize(model.quantizer, leaf, counts, adapt=phase == 4)
+        heard, first = quantize(model.quantizer, leaf, counts, envelope.n, adapt=phase == 4)
     if phase == 4:                                            # only the envelope adapts, the waveform stays as it was
         with bf16, torch.no_grad():
             target = before(wave[:, None]).float()[:, :waveform.shape[1]]
@@ -487,14 +493,14 @@ def main():
         rng = np.random.default_rng((args.seed, step))
         if done > PHASES[phase - 1][0]:
             phase, state["phase"], state["began"] = phase + 1, phase + 1, [step, done]
-            if phase in (3, 5):
+            if phase == 3:
                 swap()                                        # until the encoder learns again, it is its average
                 waves = [batch(train, rng, 2 * args.batch_size, 4 * SAMPLE_RATE).to(args.device) for _ in range(16)]
                 with torch.no_grad():
                     latents = torch.cat([model.encoder(w[:, None]).mT.flatten(0, 1) for w in waves])
                     torch._foreach_copy_(averaged, parameters)
                 before.load_state_dict(model.encoder.state_dict())
-                fit_codebooks(model.quantizer, latents)
+                fit_codebooks(model.quantizer, latents, envelope.n)
         (end, *rates), (first, began) = PHASES[phase - 1], state["began"]     # every phase warms up and cools down
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * min(1, (step - first + 1) / 200) * max(0.02, 1 - ((done - began) / (end - began)) ** 2)

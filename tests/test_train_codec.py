@@ -36,30 +36,28 @@ def test_an_initialised_but_untrained_codec_passes_the_waveform(speech):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_clips_are_quantised_by_as_many_codebooks_as_asked():
     quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4, 16, 100)
-    train_codec.fit_codebooks(quantizer, torch.randn(2000, 16), rounds=2)
+    train_codec.fit_codebooks(quantizer, torch.randn(2000, 16), 4, rounds=2)
     codes = quantizer.vq.encode(latents)                                                # (8, 4, 100)
     expected = [quantizer.vq.decode(codes[:k, i:i + 1])[0] for i, k in enumerate((1, 2, 4, 8))]
-    quantised, first = train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=False)
+    quantised, first = train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), 4, adapt=False)
     torch.testing.assert_close(quantised, torch.stack(expected), atol=1e-5, rtol=0)
     torch.testing.assert_close(first, quantizer.vq.decode(codes[:1]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("phase", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("phase", [1, 2, 3, 4])
 def test_each_phase_teaches_the_parts_it_is_about(speech, phase):
     model = tokens.build_mini(n_filters=4, dimension=16, lstm=1)
     train_codec.initialise(model, speech)
     envelope, before = train_codec.Envelope(speech, 2), copy.deepcopy(model.encoder)
-    train_codec.fit_codebooks(model.quantizer, torch.randn(2000, 16), rounds=1)
+    train_codec.fit_codebooks(model.quantizer, torch.randn(2000, 16), 2, rounds=1)
     books = [layer._codebook.embed.clone() for layer in model.quantizer.vq.layers]
     counts = torch.tensor([1, 2, 4, 8] * 2)
     _, out = train_codec.backward(model, before, speech[:, :9600], counts, phase, envelope, {})
     halves = {"encoder": model.encoder, "decoder": model.decoder}
     learns = {name for name, half in halves.items() if any(p.grad is not None for p in half.parameters())}
-    assert learns == {1: {"encoder"}, 2: {"encoder", "decoder"}, 3: {"decoder"}, 4: {"encoder", "decoder"},
-                      5: {"decoder"}}[phase]
+    assert learns == {1: {"encoder"}, 2: {"encoder", "decoder"}, 3: {"decoder"}, 4: {"encoder", "decoder"}}[phase]
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert (out is None) if phase == 1 else out.shape == (8, 9600)
     moved = [not torch.equal(layer._codebook.embed, book) for layer, book in zip(model.quantizer.vq.layers, books)]
@@ -68,22 +66,34 @@ def test_each_phase_teaches_the_parts_it_is_about(speech, phase):
 
 def test_codebooks_follow_what_is_assigned_to_them_and_rare_codes_start_anew():
     quantizer = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer
-    train_codec.fit_codebooks(quantizer, torch.randn(4000, 16), rounds=2)
+    train_codec.fit_codebooks(quantizer, torch.randn(4000, 16), 16, rounds=2)
     shifted = torch.randn(1, 16, 400) + 4
 
     def error():
-        return (train_codec.quantize(quantizer, shifted, torch.tensor([1]), adapt=False)[0] - shifted).square().mean()
+        return (train_codec.quantize(quantizer, shifted, torch.tensor([1]), 16, adapt=False)[0] - shifted).square().mean()
     before = error()
     for _ in range(300):
-        train_codec.quantize(quantizer, torch.randn(1, 16, 400) + 4, torch.tensor([1]), adapt=True)
+        train_codec.quantize(quantizer, torch.randn(1, 16, 400) + 4, torch.tensor([1]), 16, adapt=True)
     assert error() < 0.2 * before
     codes = quantizer.vq.encode(torch.randn(1, 16, 4000) + 4)[0]
     assert train_codec.perplexity(codes) > 200
 
 
+@torch.no_grad()
+def test_the_first_codebook_says_nothing_but_the_envelope():
+    quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4, 16, 500)
+    train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), 4, rounds=4)
+    for _ in range(20):
+        train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), 4, adapt=True)
+    first, second = (layer._codebook.embed for layer in quantizer.vq.layers[:2])
+    assert not first[:, :12].any() and first[:, 12:].abs().min(1).values.gt(0).all() and second[:, :12].any()
+    other = torch.cat([torch.randn(4, 12, 500), latents[:, 12:]], dim=1)                # another waveform
+    assert torch.equal(quantizer.vq.encode(other)[0], quantizer.vq.encode(latents)[0])
+
+
 def test_k_means_leaves_less_over_with_every_codebook_and_uses_all_codes(capsys):
     quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4000, 16)
-    train_codec.fit_codebooks(quantizer, latents, rounds=4)
+    train_codec.fit_codebooks(quantizer, latents, 16, rounds=4)
     left = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(left) == 8 and left == sorted(left, reverse=True) and left[-1] < 0.3 * left[0]
     codes = train_codec.nearest(latents, quantizer.vq.layers[0]._codebook.embed)
@@ -139,7 +149,7 @@ def test_training_with_a_discriminator_writes_a_codec_and_resumes(tmp_path, monk
     monkeypatch.setattr(sys, "argv", command + ["--minutes", str(before["spent"] / 60 + 0.1), "--resume"])
     train_codec.main()
     state = torch.load(f"{out}.last", weights_only=True)
-    assert state["phase"] == 5
+    assert state["phase"] == 4
     assert {"envelope", "decoder", "mel", "wave", "waveform", "commitment", "adversarial",
             "features"} == set(state["norms"])
     assert state["step"] > before["step"] and state["spent"] >= before["spent"] + 6

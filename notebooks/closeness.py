@@ -1,0 +1,110 @@
+"""
+closeness.py: is what a model generates distributed like real audio?
+
+    python notebooks/closeness.py speech runs/speech-nano-all-lr6e-3-seed0.pt assets/nano-speech.pt ...
+
+Each checkpoint generates clips from nothing; each 1/75 s of them becomes a vector of 160 numbers: a log-mel frame and
+how much it changes within the next 1/15 s. Two sets of clips are compared by the Fréchet distance of these vectors,
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))      m mean, C covariance, in nats squared
+
+the distance between two Gaussians (Dowson and Landau, 1982); no network judges. It hears timbre, loudness, pauses and
+how fast things change, not words or melodies. Everything is measured against the validation clips, and so are, to know
+what a figure is worth, the training clips (nothing should be expected to come closer) and the validation clips as the
+codec decodes them. Prints a table and writes results/closeness-DATASET.json.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import DataError, find_audio, read_audio, split_clips
+from mel import FRAME_RATE, SAMPLE_RATE, log_mel
+from model import CheckpointError, load_checkpoint
+from sample import generate
+from tokens import CodecError, load_codec
+
+LAG = FRAME_RATE // 15
+
+
+def statistics(waves):
+    """Clips, (N,) each -> mean (160,) and covariance (160, 160) over all their frames, float64."""
+    vectors = []
+    for wave in waves:
+        mel = log_mel(wave).double()                                          # (T, 80)
+        vectors.append(torch.cat([mel[:-LAG], mel[LAG:] - mel[:-LAG]], dim=1))
+    vectors = torch.cat(vectors)
+    return vectors.mean(0), torch.cov(vectors.T)
+
+
+def frechet(a, b):
+    """Squared Fréchet distance between two Gaussians, (mean, covariance) each."""
+    (m1, c1), (m2, c2) = a, b
+    # the eigenvalues of a product of two covariances are real and not negative, but for rounding
+    root = torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()
+    return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root).item()
+
+
+def recordings(dataset, seconds):
+    """The first `seconds` of every clip -> training waves and validation waves, (N,) each."""
+    folder, paths = find_audio(dataset)
+    splits = [], []
+    for path, is_val in zip(paths, split_clips([p.relative_to(folder).as_posix() for p in paths])):
+        wave = torch.from_numpy(np.concatenate(list(read_audio(path))))[:int(seconds * SAMPLE_RATE)]
+        if len(wave) > LAG * SAMPLE_RATE // FRAME_RATE * 2:
+            splits[is_val].append(wave)
+    return splits
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Fréchet distance of generated to validation audio, over log-mel.")
+    parser.add_argument("dataset", help="speech, music, or a folder")
+    parser.add_argument("checkpoints", nargs="+", help="of train.py")
+    parser.add_argument("--clips", type=int, default=32, help="to generate with each (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.9, 1.0], help="default: 0.9 1.0")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args()
+
+    models = [(path, *load_checkpoint(path)) for path in args.checkpoints]
+    codec = load_codec(models[0][2]["codec"])
+    for path, _, checkpoint in models:
+        if checkpoint["codec_checksum"] != codec.checksum:
+            raise CodecError(f"{path} was trained on codes of another codec than {models[0][0]}")
+    train, val = recordings(args.dataset, args.seconds)
+    real = statistics(val)
+    rows = []
+
+    def compare(name, waves, **facts):
+        rows.append({"what": name, "distance": round(frechet(statistics(waves), real), 2), **facts})
+        print(f"| {name} | {rows[-1]['distance']:.2f} |", flush=True)
+
+    print(f"| {args.dataset}, against {len(val)} validation clips | distance |\n|---|---|")
+    compare("training clips", train)
+    for k in (codec.n_codebooks, 1):
+        compare(f"validation clips, {k} codebook{'s' * (k > 1)} decoded",
+                [codec.decode(codec.encode(wave[None], k))[0] for wave in val])
+    for path, model, checkpoint in models:
+        for temperature in args.temperature:
+            generator = torch.Generator().manual_seed(args.seed)
+            frames = [wave for _, wave in generate(model, codec, round(args.seconds * FRAME_RATE), args.clips,
+                                                   temperature=temperature, generator=generator)]
+            compare(f"{Path(path).stem}, temperature {temperature:g}", torch.cat(frames, dim=1), checkpoint=path,
+                    preset=checkpoint["preset"], n_codebooks=model.config.n_codebooks,
+                    val_nll=checkpoint["val_nll"], temperature=temperature)
+    out = Path(__file__).parent.parent / "results" / f"closeness-{Path(args.dataset).name}.json"
+    command = f"python notebooks/closeness.py {args.dataset} {' '.join(args.checkpoints)}"
+    out.write_text(json.dumps({"command": command, "codec": codec.name, "codec_checksum": codec.checksum,
+                               "clips": args.clips, "seconds": args.seconds, "seed": args.seed,
+                               "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, CodecError, DataError) as error:
+        sys.exit(f"error: {error}")

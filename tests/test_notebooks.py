@@ -1,0 +1,70 @@
+"""
+python -m pytest tests/test_notebooks.py
+
+Every notebook runs from its first cell to its last, and the scripts beside them count correctly.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+import closeness                                                       # noqa: E402
+import experiments                                                     # noqa: E402
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", path,
+                           "--output-dir", tmp_path], cwd=NOTEBOOKS, capture_output=True, text=True,
+                          env={**os.environ, "QUICK": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def gaussian(mean, std):
+    return torch.full((160,), mean, dtype=torch.float64), torch.eye(160, dtype=torch.float64) * std ** 2
+
+
+def test_the_frechet_distance_of_gaussians_is_known():
+    assert closeness.frechet(gaussian(1, 2), gaussian(1, 2)) == pytest.approx(0, abs=1e-9)
+    assert closeness.frechet(gaussian(1, 2), gaussian(4, 2)) == pytest.approx(160 * 9)
+    assert closeness.frechet(gaussian(1, 2), gaussian(1, 5)) == pytest.approx(160 * 9)       # (5 - 2)^2 a dimension
+    rotated = torch.linalg.qr(torch.randn(160, 160, dtype=torch.float64))[0]
+    mean, covariance = torch.zeros(160).double(), torch.diag(torch.linspace(1, 9, 160).double())
+    other = rotated @ covariance @ rotated.T
+    assert closeness.frechet((mean, covariance), (mean, other)) > 1
+    assert closeness.frechet((mean, other), (mean, other)) == pytest.approx(0, abs=1e-6)
+
+
+def test_closeness_hears_loudness_and_pace():
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(48_000, generator=generator) for _ in range(4)]
+    pulse = (torch.arange(48_000) % 6000 < 3000).float()                                     # four bursts a second
+    real = closeness.statistics([0.1 * w for w in noise[:2]])
+    distance = [closeness.frechet(closeness.statistics(waves), real) for waves in (
+        [0.1 * w for w in noise[2:]], [0.2 * w for w in noise[2:]], [0.1 * w * pulse for w in noise[2:]])]
+    assert distance[0] < 0.2 * distance[1] < distance[1] < distance[2]
+
+
+def test_the_bootstrap_interval_holds_the_mean_and_narrows_with_the_clips():
+    rng = np.random.default_rng(0)
+    widths = []
+    for n in (10, 1000):
+        gains, weights = rng.normal(0.3, 0.1, size=(3, n)), rng.integers(50, 500, size=n)
+        mean, low, high = experiments.bootstrap(gains, weights)
+        assert mean == pytest.approx((gains.mean(0) * weights).sum() / weights.sum())
+        assert low < mean < high
+        widths.append(high - low)
+    assert widths[1] < 0.3 * widths[0]
+    assert experiments.bootstrap(np.full((3, 8), 0.25), np.ones(8)) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_an_experiments_list_stays_on_a_line(tmp_path):
+    experiments.write(tmp_path / "a.json", {"a": 1, "clip_nll": [1.5, 2.25], "scores": {"0": {"clips": [3, 4]}}})
+    assert '"clip_nll": [ 1.5, 2.25 ]' in (tmp_path / "a.json").read_text()
+    assert experiments.json.loads((tmp_path / "a.json").read_text())["scores"]["0"]["clips"] == [3, 4]

@@ -76,20 +76,25 @@ def read_audio(path):
         raise DataError(f"{path}: holds no samples")
 
 
-def encode_file(path, codec, mel_codebooks=0):
-    """Yield (codes (t, K) uint16, mel (t, 80) float16) of a file piece by piece, in bounded memory.
+def encode_file(path, codec, mel_codebooks=0, lookahead=0):
+    """Yield (codes (t, K) uint16, mel (u, 80) float16) of a file piece by piece, in bounded memory.
 
-    mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to.
+    mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. lookahead: as
+    in `log_mel`; then mel frames come later than their codes, but in the end there are as many.
     """
-    encoder, spectrogram = codec.stream_encoder(), StreamingLogMel()
+    encoder, spectrogram, behind = codec.stream_encoder(), StreamingLogMel(lookahead), 0
     decoder = codec.stream_decoder() if mel_codebooks else None
     for piece in read_audio(path):
         wave = torch.from_numpy(piece).to(codec.device)
         codes = encoder.push(wave[None])                      # (1, K, t)
         if mel_codebooks:
             wave = decoder.push(codes[:, :mel_codebooks])[0]
-        mel = spectrogram.push(wave)                          # (t, 80)
+        mel = spectrogram.push(wave)                          # (u, 80)
+        behind += codes.shape[-1] - len(mel)
         yield codes[0].T.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
+    if lookahead:
+        mel = spectrogram.push(torch.zeros(lookahead, device=codec.device))[:behind]
+        yield np.zeros((0, codec.n_codebooks), np.uint16), mel.cpu().numpy().astype(np.float16)
 
 
 # ----------------------------------------------------------------------------- preparing a dataset
@@ -124,24 +129,27 @@ def split_clips(names):
     return [h < threshold for h in hashes]
 
 
-def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0):
+def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead=0):
     """Encode a dataset with a codec, unless that is done already, and open it.
 
-    dataset: `speech`, `music` or a folder, searched recursively. mel_codebooks: as in `encode_file`. Returns a
-    `Dataset`. The cache lies in `cache/`, under a key made of everything that its content depends on: files (path,
-    size, time), codec and its checksum, mel settings. Files that cannot be used are skipped and named in one line.
-    Raises DataError if there is no such dataset, nothing in it can be used, or the codec has fewer codebooks.
+    dataset: `speech`, `music` or a folder, searched recursively. mel_codebooks, lookahead: as in `encode_file`.
+    Returns a `Dataset`. The cache lies in `cache/`, under a key made of everything that its content depends on: files
+    (path, size, time), codec and its checksum, mel settings. Files that cannot be used are skipped and named in one
+    line.
+    Raises DataError if there is no such dataset, nothing in it can be used, or the mel cannot be had.
     """
     if not 0 <= mel_codebooks <= codec.n_codebooks:
         raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
                         f"{mel_codebooks} decode to")
+    if not 0 <= lookahead <= N_FFT - HOP:
+        raise DataError(f"a lookahead of {lookahead} samples: it must lie between 0 and {N_FFT - HOP}")
     folder, paths = find_audio(dataset, cache)
     names = [path.relative_to(folder).as_posix() for path in paths]
     split_clips(names)                                        # an unclear split is found now, not after encoding
     files = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in zip(names, paths)]
     made_with = {"format": 1, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mel_floor": FLOOR,
-                 "mel_codebooks": mel_codebooks}
+                 "mel_codebooks": mel_codebooks, "lookahead": lookahead}
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     name = dataset if dataset in BUNDLED else folder.resolve().name
     home = Path(cache) / f"{name}-{Path(codec.name).name}-{key}"
@@ -172,7 +180,7 @@ def _encode_dataset(home, name, paths, names, codec, made_with, quiet):
             before = [codes_file.tell(), mel_file.tell()]
             start, problem = row, None
             try:
-                for codes, mel in encode_file(path, codec, made_with["mel_codebooks"]):
+                for codes, mel in encode_file(path, codec, made_with["mel_codebooks"], made_with["lookahead"]):
                     codes_file.write(codes.tobytes())
                     mel_file.write(mel.tobytes())
                     row += len(codes)
@@ -247,7 +255,7 @@ class Dataset:
         self.train_ends = np.diff(self.train, axis=1)[:, 0].cumsum()      # frames up to and with each clip
 
     def batch(self, seed, step, batch_size, context):
-        """A training batch, a pure function of its arguments: codes (B, 1, T), mel (B, T, 80), targets (B, K, T).
+        """A training batch, a pure function of its arguments: codes (B, K, T), mel (B, T, 80), targets (B, K, T).
 
         Each row is centred on a frame drawn uniformly from the training split, then moved to lie inside its clip,
         so that the first frames of a clip, where sampling starts, come up often.
@@ -283,7 +291,7 @@ class Dataset:
         clip's first frame it is shown START.
         """
         B = len(windows)
-        codes = torch.zeros(B, 1, context, dtype=torch.long)
+        codes = torch.zeros(B, self.codes.shape[1], context, dtype=torch.long)
         mel = torch.zeros(B, context, self.mel.shape[1])
         targets = torch.full((B, self.codes.shape[1], context), IGNORE)
         for row, (start, end, offset, score_from) in enumerate(windows):
@@ -291,7 +299,7 @@ class Dataset:
             at_start = int(offset == 0)                       # the clip's first input is START, not a frame
             shown = slice(first - 1 + at_start, first - 1 + n)
             codes[row, 0, 0] = START
-            codes[row, 0, at_start:n] = torch.from_numpy(self.codes[shown, 0].astype(np.int64))
+            codes[row, :, at_start:n] = torch.from_numpy(self.codes[shown].T.astype(np.int64))
             mel[row, at_start:n] = torch.from_numpy(self.mel[shown].astype(np.float32))
             targets[row, :, :n] = torch.from_numpy(self.codes[first:first + n].T.astype(np.int64))
             targets[row, :, :score_from] = IGNORE

@@ -121,17 +121,17 @@ class StreamingLogMel:
 
     `push(samples)` takes (N,) or (B, N), N >= 0 (the same B each time), and returns the (T, 80) or (B, T, 80)
     frames that became complete. It remembers the N_FFT - HOP samples that the next window reaches back to, and
-    those of a frame still incomplete.
+    those of a frame still incomplete. With a lookahead a frame comes so many samples later: push as many zeros at last.
     """
 
-    def __init__(self):
-        self.tail = None
+    def __init__(self, lookahead=0):
+        self.tail, self.lookahead = None, lookahead
 
     def push(self, samples):
         if self.tail is None:
-            self.tail = samples.new_zeros(*samples.shape[:-1], N_FFT - HOP)
+            self.tail = samples.new_zeros(*samples.shape[:-1], N_FFT - HOP - self.lookahead)
         wave = torch.cat([self.tail, samples], dim=-1)
-        n_frames = (wave.shape[-1] - (N_FFT - HOP)) // HOP
+        n_frames = max(0, (wave.shape[-1] - (N_FFT - HOP)) // HOP)
         self.tail = wave[..., n_frames * HOP:]
         if n_frames == 0:                      # nothing to unfold
             return samples.new_zeros(*samples.shape[:-1], 0, N_MELS)

@@ -42,6 +42,8 @@ class Config:
     n_inner: int                     # width of the MLPs of the stack
     use_codes: bool = True           # the token branch
     use_mel: bool = True             # the mel branch
+    n_input_codebooks: int = 1       # codebooks that the token branch reads, their embeddings summed
+    fuse: str = "concat"             # how the branches meet: "concat", as in the paper, or "add"
     n_mel_layer: int = 1             # light causal blocks over the mel frames
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
     n_mels: int = 80
@@ -165,19 +167,24 @@ class HybridGPT(nn.Module):
         head_dim = c.n_embd // c.n_head
         if not (c.use_codes or c.use_mel):
             raise ValueError("a model needs use_codes or use_mel")
+        if c.fuse not in ("concat", "add") or c.n_input_codebooks < 1:
+            raise ValueError(f'fuse "{c.fuse}" must be "concat" or "add", n_input_codebooks at least 1')
         if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim) or (
                 c.n_codebooks > 1 and c.n_depth_embd % head_dim):
             raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, n_mel_embd "
                              f"{c.n_mel_embd} and n_depth_embd {c.n_depth_embd} multiples of that size")
         if c.use_codes:
             self.code_embedding = nn.Embedding(CODEBOOK_SIZE + 1, c.n_embd)       # + 1: START
+            if c.n_input_codebooks > 1:
+                self.finer_embedding = nn.Parameter(torch.empty(c.n_input_codebooks - 1, CODEBOOK_SIZE, c.n_embd))
         if c.use_mel:
             self.register_buffer("mel_mean", torch.zeros(c.n_mels))
             self.register_buffer("mel_std", torch.ones(c.n_mels))
             self.mel_in = nn.Linear(c.n_mels, c.n_mel_embd, bias=False)
             self.mel_blocks = nn.ModuleList(
                 Block(c.n_mel_embd, 2 * c.n_mel_embd, head_dim, c.dropout) for _ in range(c.n_mel_layer))
-            self.fuse = nn.Linear(c.n_embd * c.use_codes + c.n_mel_embd, c.n_embd, bias=False)
+            width = c.n_mel_embd + c.n_embd * (c.use_codes and c.fuse == "concat")
+            self.fuse = nn.Linear(width, c.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(c.n_embd, c.n_inner, head_dim, c.dropout) for _ in range(c.n_layer))
         self.head = nn.Linear(c.n_embd, CODEBOOK_SIZE, bias=False)
         if c.n_codebooks > 1:                                 # codebooks 2 to K, each its own embedding and head
@@ -197,7 +204,9 @@ class HybridGPT(nn.Module):
         if c.use_mel:
             nn.init.normal_(self.mel_in.weight, std=c.n_mels ** -0.5)
         if c.use_codes:
-            nn.init.normal_(self.code_embedding.weight, std=1.0)
+            nn.init.normal_(self.code_embedding.weight, std=c.n_input_codebooks ** -0.5)
+            if c.n_input_codebooks > 1:
+                nn.init.normal_(self.finer_embedding, std=c.n_input_codebooks ** -0.5)
         if c.use_mel:
             nn.init.normal_(self.fuse.weight, std=self.fuse.in_features ** -0.5)
         if c.n_codebooks > 1:
@@ -217,14 +226,15 @@ class HybridGPT(nn.Module):
     def forward(self, codes, mel, targets=None, cache=None):
         """Logits of the next coarse code at every position, and the losses.
 
-        codes (B, K, T) int64; only the coarse row is read; START at the position before a clip
+        codes (B, K, T) int64, of which the first n_input_codebooks rows are read, of the presets the coarse one; START
+            in the coarse row at the position before a clip
         mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None without a mel branch
         targets (B, n_codebooks or more, T) int64 or None: the next frames' codes, IGNORE where none counts
         cache: a `Cache`, then T is 1 and the positions before this one are remembered
         Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,); without
         targets instead of the losses what `finer_logits` wants: the stack's output, (B, T, n_embd).
         """
-        x = self.stack(codes[:, 0], mel, cache)                                   # (B, T, n_embd)
+        x = self.stack(codes, mel, cache)                                         # (B, T, n_embd)
         logits = self.head(x)                                                     # (B, T, 1024)
         if targets is None:
             return logits, x
@@ -238,8 +248,8 @@ class HybridGPT(nn.Module):
         return logits, torch.stack(losses)
 
     def stack(self, codes, mel, cache=None):
-        """Both branches and the blocks: codes (B, T), mel (B, T, 80) -> what each position knows (B, T, n_embd)."""
-        T = codes.shape[1]
+        """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> what each position knows (B, T, n_embd)."""
+        T, at_start = codes.shape[2], (codes[:, 0] == START)[..., None]           # (B, T, 1)
         context, start = self.config.context, cache.position if cache else 0
         if start + T <= context:
             rotary = self.rotary[:, start:start + T]
@@ -249,16 +259,22 @@ class HybridGPT(nn.Module):
         if T > context:                                                           # each position sees `context`
             mask = torch.ones(T, T, dtype=torch.bool, device=codes.device).tril().triu(1 - context)
 
-        streams = []
         if self.config.use_codes:
-            streams.append(self.code_embedding(codes))                            # (B, T, n_embd)
+            x = self.code_embedding(codes[:, 0])                                  # (B, T, n_embd)
+            for k in range(1, self.config.n_input_codebooks):
+                x = x + self.finer_embedding[k - 1][codes[:, k]].masked_fill(at_start, 0.0)
         if self.config.use_mel:
             mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) / self.mel_std
-            m = self.mel_in(mel.masked_fill((codes == START)[..., None], 0.0))    # (B, T, n_mel_embd)
+            m = self.mel_in(mel.masked_fill(at_start, 0.0))                       # (B, T, n_mel_embd)
             for block in self.mel_blocks:
                 m = block(m, rotary, mask, cache)
-            streams.append(norm(m))
-        x = self.fuse(torch.cat(streams, dim=-1)) if self.config.use_mel else streams[0]
+            m = norm(m)
+            if not self.config.use_codes:
+                x = self.fuse(m)
+            elif self.config.fuse == "concat":
+                x = self.fuse(torch.cat([x, m], dim=-1))
+            else:
+                x = (x + self.fuse(m)) * 2 ** -0.5                                # the variance stays 1
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
         if cache:
@@ -287,7 +303,7 @@ class CheckpointError(RuntimeError):
 
 def to_checkpoint(model, **facts):
     """What a checkpoint holds: configuration, weights and `facts`; plain types and tensors only."""
-    return {"format": "whisper-gpt-2", "config": asdict(model.config), "model": model.state_dict(), **facts}
+    return {"format": "whisper-gpt-3", "config": asdict(model.config), "model": model.state_dict(), **facts}
 
 
 def load_checkpoint(path, device="cpu"):
@@ -297,7 +313,7 @@ def load_checkpoint(path, device="cpu"):
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(checkpoint, dict) or checkpoint.get("format") != "whisper-gpt-2":
+        if not isinstance(checkpoint, dict) or checkpoint.get("format") != "whisper-gpt-3":
             raise TypeError("another format")
         model = HybridGPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])

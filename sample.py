@@ -63,7 +63,8 @@ def generate(model, codec, n_frames, num=1, prompt=None, **how):
     device = next(model.parameters()).device
     n_prompt = 0 if prompt is None else prompt.shape[-1]
     cache, decoder, spectrogram = Cache(model.config.context), codec.stream_decoder(), StreamingLogMel()
-    codes = torch.full((num, 1, 1), START, device=device)
+    codes = torch.zeros(num, model.config.n_input_codebooks, 1, dtype=torch.long, device=device)
+    codes[:, 0] = START
     mel = torch.zeros(num, 1, model.config.n_mels, device=device)
     for t in range(n_prompt + n_frames):
         logits, x = model(codes, mel, cache=cache)            # (B, 1, 1024), (B, 1, n_embd)
@@ -121,6 +122,12 @@ def main():
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"error: device '{args.device}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
     model, checkpoint = load_checkpoint(args.ckpt, args.device)
+    if model.config.n_input_codebooks > model.config.n_codebooks:
+        raise CheckpointError(f"{args.ckpt} reads {model.config.n_input_codebooks} codebooks and predicts "
+                              f"{model.config.n_codebooks}: it can be scored but not sampled")
+    if checkpoint["lookahead"]:
+        raise CheckpointError(f"{args.ckpt} was trained on a mel that looks {checkpoint['lookahead']} samples ahead: "
+                              "it can be scored but not sampled")
     codec = load_codec(args.codec or checkpoint["codec"], args.device, args.codec_dir)
     if codec.checksum != checkpoint["codec_checksum"]:
         raise CodecError(f"{args.ckpt} was trained on codes of codec {checkpoint['codec']} "

@@ -11,6 +11,7 @@ Three files: out.pt, the best model so far by validation NLL; out.last.pt, the w
 that was printed. An evaluation is the whole validation split in fixed order, so two of them can be compared.
 """
 import argparse
+import ast
 import contextlib
 import dataclasses
 import json
@@ -39,11 +40,15 @@ def parse_arguments():
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
     add("--mel-codebooks", type=int, metavar="K", help="show the mel of what the first K codebooks decode to, as in "
         "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
+    add("--lookahead", type=int, default=0, metavar="N", help="let each mel frame see N samples of the future (192: "
+        "the usual centred window), to measure that leak; the model cannot be sampled (default: %(default)s)")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, help="preset of model.py (default: hybrid on a GPU, nano without one)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
     add("--context", type=int, help="positions the model sees, 75 a second; even (default: the preset's)")
     add("--dropout", type=float, default=0.1, help="default: %(default)s")
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of model.py's Config, for example "
+        "use_codes=False n_mel_layer=2")
     add = parser.add_argument_group("how to train").add_argument
     add("--steps", type=int, default=300, help="default: %(default)s")
     add("--batch-size", type=int, default=16, help="windows of one context each, per step (default: %(default)s)")
@@ -73,6 +78,18 @@ def parse_arguments():
         parser.error("--n-codebooks must be at least 1")
     if args.mel_codebooks is not None and args.mel_codebooks < 0:
         parser.error("--mel-codebooks must be 0 or more")
+    fields = {}
+    for word in args.set:
+        field, _, value = word.partition("=")
+        old = getattr(PRESETS["nano"], field, None)
+        try:
+            fields[field] = value if isinstance(old, str) else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass
+        if field in ("n_codebooks", "context", "dropout") or old is None or type(fields.get(field)) is not type(old):
+            parser.error(f"--set {word}: wants FIELD=VALUE of model.py's Config, the value of that field's type "
+                         "(n_codebooks, context and dropout have options of their own)")
+    args.set = fields
     for name in ("warmup", "weight_decay", "seed"):
         if not 0 <= getattr(args, name) < 2**63:              # false for nan, too
             parser.error(f"--{name.replace('_', '-')} must be 0 or more")
@@ -164,7 +181,7 @@ def main():
     checkpoint = None
     if args.eval:
         model, checkpoint = load_checkpoint(args.eval, device)
-        for name in {"dataset", "codec", "mel_codebooks"} - args.given:
+        for name in {"dataset", "codec", "mel_codebooks", "lookahead"} - args.given:
             setattr(args, name, checkpoint[name])
     elif args.resume:
         model, checkpoint = load_checkpoint(last, device)
@@ -196,10 +213,11 @@ def main():
     if checkpoint and checkpoint["codec_checksum"] != codec.checksum:
         raise CheckpointError(f"{args.eval or last} was trained on codes of codec {checkpoint['codec']} "
                               f"({checkpoint['codec_checksum']}); {args.codec} here is {codec.checksum}")
-    if not args.eval and args.n_codebooks > codec.n_codebooks:
-        raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {args.n_codebooks}: choose "
-                         "--n-codebooks")
-    data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks)
+    wanted = 0 if args.eval else max(args.n_codebooks, args.set.get("n_input_codebooks", 1))
+    if wanted > codec.n_codebooks:
+        raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {wanted}: choose --n-codebooks "
+                         "and n_input_codebooks")
+    data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, lookahead=args.lookahead)
     unigram = data.unigram_nll()
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
@@ -207,7 +225,7 @@ def main():
     if args.eval:
         figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
         print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name,
-                          "mel_codebooks": args.mel_codebooks, **figures,
+                          "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, **figures,
                           "unigram_nll": unigram, "n_params": model.n_params(),
                           "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.astype(int).tolist()}))
         return
@@ -217,8 +235,11 @@ def main():
     if not args.resume:
         config = PRESETS[args.model]
         config = dataclasses.replace(config, dropout=args.dropout, context=args.context or config.context,
-                                     n_codebooks=args.n_codebooks)
-        model = HybridGPT(config)
+                                     n_codebooks=args.n_codebooks, **args.set)
+        try:
+            model = HybridGPT(config)
+        except ValueError as error:
+            sys.exit(f"error: --set: {error}")
         model.set_mel_statistics(data.meta["mel_mean"], data.meta["mel_std"])
         model.to(device)
     model.train()
@@ -259,7 +280,7 @@ def main():
     print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
-             "mel_codebooks": args.mel_codebooks, "data_key": data.key}
+             "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "data_key": data.key}
     where = ("given", "out", "resume", "overwrite", "eval", "device", "dtype", "compile", "codec_dir")
     options = {k: v for k, v in vars(args).items() if k not in where}         # what makes the run what it is
     report({"step": step, "args": options, "n_params": n_params, "context": context, **facts, "device": str(device),

@@ -93,6 +93,26 @@ def test_the_mel_may_be_that_of_what_some_codebooks_decode_to(tmp_path, tiny_cod
         assert np.abs(original.mel[start:end] - mel).mean() > 0.1
 
 
+@pytest.mark.parametrize("lookahead", [192, 352, 704])
+def test_the_mel_may_look_ahead(tmp_path, tiny_codec, lookahead):
+    waves = [noise(n / SAMPLE_RATE)[:, 0].astype(np.float32) for n in (30 * HOP + 319, 12 * HOP, 250 * HOP + 1)]
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, wave in enumerate(waves):
+        soundfile.write(folder / f"{i}.wav", wave, 24_000, subtype="FLOAT")
+    causal = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
+    dataset = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True, lookahead=lookahead)
+    assert np.array_equal(dataset.codes, causal.codes) and dataset.key != causal.key
+    expected = np.concatenate([log_mel(torch.from_numpy(wave), lookahead).numpy() for wave in waves])
+    np.testing.assert_allclose(dataset.mel, expected, rtol=1e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("lookahead", [-1, 705])
+def test_a_lookahead_that_is_not_part_of_a_window_is_refused(tmp_path, tiny_codec, lookahead):
+    with pytest.raises(DataError, match="between 0 and 704"):
+        prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, lookahead=lookahead)
+
+
 def test_a_mel_of_more_codebooks_than_there_are_is_refused(tmp_path, tiny_codec):
     with pytest.raises(DataError, match="has 8 codebooks"):
         prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=9)
@@ -316,7 +336,7 @@ def test_inputs_are_the_targets_one_frame_behind_and_windows_stay_inside_their_c
     started, drawn = set(), set()
     for step in range(60):
         codes, mel, targets = mixed.batch(0, step, 8, 32)
-        assert codes.shape == (8, 1, 32) and mel.shape == (8, 32, 80) and targets.shape == (8, mixed.codes.shape[1], 32)
+        assert codes.shape == targets.shape == (8, mixed.codes.shape[1], 32) and mel.shape == (8, 32, 80)
         for c, m, t in zip(codes[:, 0].tolist(), mel, targets[:, 0].tolist()):
             n = 32 - t.count(IGNORE)
             start, end = clip_of(mixed, t[0])

@@ -16,7 +16,9 @@ from model import (IGNORE, PRESETS, START, Attention, Cache, CheckpointError, Co
 HYBRID = Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, context=16)
 TOKENS, MEL = replace(HYBRID, use_mel=False), replace(HYBRID, use_codes=False)
 DEEP = replace(HYBRID, n_codebooks=4, n_depth_embd=16)
-EACH = pytest.mark.parametrize("config", [HYBRID, TOKENS, MEL, DEEP], ids=["hybrid", "token-only", "mel-only", "deep"])
+READER, ADDER = replace(HYBRID, n_input_codebooks=3), replace(HYBRID, fuse="add")
+EACH = pytest.mark.parametrize("config", [HYBRID, TOKENS, MEL, DEEP, READER, ADDER],
+                               ids=["hybrid", "token-only", "mel-only", "deep", "reader", "adder"])
 
 
 def make(config):
@@ -30,10 +32,10 @@ def make(config):
 
 
 def inputs(T, B=2, seed=1):
-    """Random codes (B, 1, T) that begin with START, mel (B, T, 80), targets (B, 4, T)."""
+    """Random codes (B, 4, T) that begin with START, mel (B, T, 80), targets (B, 4, T)."""
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(1024, (B, 1, T), generator=generator)
-    codes[:, :, 0] = START
+    codes = torch.randint(1024, (B, 4, T), generator=generator)
+    codes[:, 0, 0] = START
     return (codes, torch.randn(B, T, 80, generator=generator) * 3 - 5,
             torch.randint(1024, (B, 4, T), generator=generator))
 
@@ -83,10 +85,11 @@ def test_an_untrained_model_knows_nothing(config):
     assert (losses - 6.931).abs().max() < 0.1                 # ln 1024
 
 
-def test_finer_codebooks_are_not_read():
+def test_finer_codebooks_are_not_read_unless_asked_for():
     model, (codes, mel, _) = make(HYBRID), inputs(12)
-    finer = torch.randint(1024, (2, 7, 12))
-    assert torch.equal(logits_of(model, codes, mel), logits_of(model, torch.cat([codes, finer], dim=1), mel))
+    other = torch.cat([codes[:, :1], torch.randint(1024, (2, 7, 12))], dim=1)
+    assert torch.equal(logits_of(model, codes, mel), logits_of(model, other, mel))
+    assert torch.equal(logits_of(model, codes, mel), logits_of(model, codes[:, :1], mel))
 
 
 def test_twenty_steps_on_one_batch_lower_the_loss():
@@ -118,7 +121,8 @@ def test_dropout_acts_in_training_and_not_in_evaluation():
     assert not torch.equal(logits_of(model, codes, mel), logits_of(model, codes, mel))
 
 
-@pytest.mark.parametrize("wrong", [dict(use_codes=False, use_mel=False), dict(n_head=3), dict(n_embd=30, n_head=2),
+@pytest.mark.parametrize("wrong", [dict(use_codes=False, use_mel=False), dict(fuse="glue"), dict(n_input_codebooks=0),
+                                   dict(n_head=3), dict(n_embd=30, n_head=2),
                                    dict(n_mel_embd=40), dict(n_codebooks=2, n_depth_embd=40)])
 def test_a_config_that_cannot_work_is_a_value_error(wrong):
     with pytest.raises(ValueError):
@@ -248,6 +252,18 @@ def test_a_mel_only_model_looks_at_no_code_but_start():
     assert not torch.allclose(logits_of(model, codes, mel)[:, 5], logits_of(model, codes2, mel)[:, 5])
 
 
+def test_a_reader_of_three_codebooks_reads_three_but_for_the_start():
+    model, (codes, mel, _) = make(READER), inputs(12)
+    before = logits_of(model, codes, mel)
+    for k in (1, 2, 3):
+        other = codes.clone()
+        other[:, k, 0] = (codes[:, k, 0] + 1) % 1024          # nothing stands below START
+        assert torch.equal(logits_of(model, other, mel), before)
+        other[:, k, 5] = (codes[:, k, 5] + 1) % 1024
+        moved = (logits_of(model, other, mel) - before).abs().amax((0, 2)) > 0
+        assert moved.tolist() == [k < 3 and t >= 5 for t in range(12)]
+
+
 def test_a_hybrid_looks_at_both():
     model, (codes, mel, _), (codes2, mel2, _) = make(HYBRID), inputs(12), inputs(12, seed=2)
     assert not torch.allclose(logits_of(model, codes, mel)[:, 1:], logits_of(model, codes2, mel)[:, 1:])
@@ -336,7 +352,7 @@ def test_what_enters_the_stack_has_variance_one_whichever_branches_there_are(con
     model = HybridGPT(replace(config, n_embd=128, n_inner=256, n_mel_embd=128, n_depth_embd=64, context=64))
     entered = []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
-    model(torch.randint(1024, (4, 1, 64)), torch.randn(4, 64, 80))
+    model(torch.randint(1024, (4, 4, 64)), torch.randn(4, 64, 80))
     assert 0.8 < entered[0].std() < 1.2
 
 

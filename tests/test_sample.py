@@ -282,6 +282,21 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(run, ckpt, tmp_path):
         assert_refused(run("--ckpt", name), name)
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c.update(lookahead=192), ["192 samples ahead", "not sampled"]),
+    (lambda c: c["config"].update(use_codes=False, use_mel=True), []),
+    (lambda c: c["config"].update(n_input_codebooks=9, use_codes=True), ["reads 9 codebooks", "not sampled"])])
+def test_a_checkpoint_that_only_serves_to_measure_is_refused(run, ckpt, tmp_path, change, words):
+    changed = torch.load(ckpt, weights_only=True)
+    change(changed)
+    changed["model"] = HybridGPT(Config(**changed["config"])).state_dict()
+    torch.save(changed, tmp_path / "changed.pt")
+    result = run("--ckpt", "changed.pt")
+    if words:
+        assert_refused(result, *words)
+    assert (tmp_path / "sample.wav").exists() == (not words) == (result.code == 0)
+
+
 def test_another_codec_than_the_checkpoints_is_refused(run, tmp_path, tiny_codec_file):
     saved = torch.load(tiny_codec_file, weights_only=True)
     saved["weights"] = {key: value * 1.5 for key, value in saved["weights"].items()}

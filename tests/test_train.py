@@ -199,6 +199,17 @@ def test_codes_are_predicted_and_mels_are_shown_of_as_many_codebooks_as_asked(ru
         assert len(finer) == n_codebooks - 1 and all(6 < nll < 7.5 for nll in finer)
 
 
+def test_fields_of_the_model_can_be_set_and_the_mel_can_look_ahead(run, tmp_path):
+    result = run(tmp_path, "--steps", 2, "--n-codebooks", 1, "--lookahead", 192, "--set", "use_codes=False", "n_mel_layer=2")
+    assert result.code == 0, result.err
+    model, checkpoint = load_checkpoint(tmp_path / "out.pt")
+    meta = json.loads((run.cache / checkpoint["data_key"] / "meta.json").read_text())
+    assert meta["lookahead"] == checkpoint["lookahead"] == 192
+    assert model.config.n_mel_layer == 2 and not model.config.use_codes and model.config.use_mel
+    scored = json.loads(run(tmp_path, "--eval", "out.pt", "--device", "cpu", small=False).out)
+    assert scored["val_nll"] == evaluations(tmp_path / "out.jsonl")[-1]["val_nll"] and scored["lookahead"] == 192
+
+
 def test_eval_shows_the_mel_of_training_or_the_one_asked_for(run, trained):
     figures = [json.loads(run(trained, "--eval", "out.pt", "--device", "cpu", *options, small=False).out)
                for options in ([], ["--mel-codebooks", 8], ["--mel-codebooks", 1], ["--mel-codebooks", 0])]
@@ -387,6 +398,13 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--steps", 0], ["--steps"]),
     (["--n-codebooks", 0], ["--n-codebooks"]),
     (["--mel-codebooks", -1], ["--mel-codebooks"]),
+    (["--lookahead", 705], ["lookahead of 705", "704"]),
+    (["--set", "n_layers=3"], ["--set n_layers=3"]),
+    (["--set", "n_layer=three"], ["--set n_layer=three"]),
+    (["--set", "use_mel=1"], ["--set use_mel=1"]),
+    (["--set", "context=32"], ["--set context=32", "option"]),
+    (["--set", "fuse=glue"], ["--set", "glue", "concat"]),
+    (["--set", "n_input_codebooks=9"], ["8 codebooks", "n_input_codebooks"]),
     (["--batch-size", "many"], ["--batch-size"]),
     (["--accumulate", 3], ["--accumulate"]),
     (["--model", "gpt-5"], ["gpt-5"]),

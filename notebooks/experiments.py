@@ -80,8 +80,8 @@ def run(dataset, model, lr, seed):
         place = dataset if dataset == label(dataset) else str(Path(dataset).resolve())
         options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", "cpu"]
         again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True,
-                                text=True).stdout             # now: the tree may change while the run goes on
+        git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        commit = git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py", "assets"))
         with open(out.with_suffix(".txt"), "a") as text:
             subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=text, stderr=text, **HOW)
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
@@ -91,7 +91,7 @@ def run(dataset, model, lr, seed):
                    "lr": lr, "seed": seed, "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
                    "best": min(evaluations, key=lambda e: e["val_nll"]), "seconds": evaluations[-1]["seconds"],
                    "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],
-                   "machine": machine(), "torch": log[0]["torch"], "commit": commit.strip()}
+                   "machine": machine(), "torch": log[0]["torch"], "commit": commit}
         write(result, content)
         out.with_suffix(".last.pt").unlink()                  # nothing is left to continue
     return json.loads(result.read_text())

@@ -88,7 +88,7 @@ def parse_arguments():
     add("--prompt", help="audio file to continue")
     add("--seconds", type=float, default=5.0, help="of new audio (default: %(default)s)")
     add("--num", type=int, default=1, help="how many, generated side by side (default: %(default)s)")
-    add("--temperature", type=float, default=0.9, help="0: always the likeliest code (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest code (default: %(default)s)")
     add("--top-k", type=int, help="draw among the k likeliest codes only")
     add("--top-p", type=float, help="draw among the likeliest codes that hold this much probability")
     add("--seed", type=int, default=0, help="default: %(default)s")

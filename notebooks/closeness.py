@@ -1,7 +1,8 @@
 """
 closeness.py: is what a model generates distributed like real audio?
 
-    python notebooks/closeness.py speech runs/speech-nano-all-lr6e-3-seed0.pt assets/nano-speech.pt ...
+    python notebooks/closeness.py speech assets/nano-speech.pt assets/nano-gpt-speech.pt
+    python notebooks/closeness.py music assets/nano-music.pt
 
 Each checkpoint generates clips from nothing; each 1/75 s of them becomes a vector of 160 numbers: a log-mel frame and
 how much it changes within the next 1/15 s. Two sets of clips are compared by the Fréchet distance of these vectors,
@@ -11,7 +12,8 @@ how much it changes within the next 1/15 s. Two sets of clips are compared by th
 the distance between two Gaussians (Dowson and Landau, 1982); no network judges. It hears timbre, loudness, pauses and
 how fast things change, not words or melodies. Everything is measured against the validation clips, and so are, to know
 what a figure is worth, the training clips (nothing should be expected to come closer) and the validation clips as the
-codec decodes them. Prints a table and writes results/closeness-DATASET.json.
+codec decodes them. What a model has generated is measured again with its coarse codes alone decoded. Prints a table and
+writes results/closeness-DATASET.json.
 """
 import argparse
 import json
@@ -66,7 +68,8 @@ def main():
     parser.add_argument("checkpoints", nargs="+", help="of train.py")
     parser.add_argument("--clips", type=int, default=32, help="to generate with each (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.9, 1.0], help="default: 0.9 1.0")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.7, 0.8, 0.9, 1.0],
+                        help="default: 0.7 0.8 0.9 1.0")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
 
@@ -91,11 +94,15 @@ def main():
     for path, model, checkpoint in models:
         for temperature in args.temperature:
             generator = torch.Generator().manual_seed(args.seed)
-            frames = [wave for _, wave in generate(model, codec, round(args.seconds * FRAME_RATE), args.clips,
-                                                   temperature=temperature, generator=generator)]
-            compare(f"{Path(path).stem}, temperature {temperature:g}", torch.cat(frames, dim=1), checkpoint=path,
-                    preset=checkpoint["preset"], n_codebooks=model.config.n_codebooks,
-                    val_nll=checkpoint["val_nll"], temperature=temperature)
+            codes, waves = zip(*generate(model, codec, round(args.seconds * FRAME_RATE), args.clips,
+                                         temperature=temperature, generator=generator))
+            name = f"{Path(path).stem}, temperature {temperature:g}"
+            facts = {"checkpoint": path, "preset": checkpoint["preset"], "val_nll": checkpoint["val_nll"],
+                     "temperature": temperature}
+            compare(name, torch.cat(waves, dim=1), n_codebooks=model.config.n_codebooks, **facts)
+            if model.config.n_codebooks > 1:
+                coarse = codec.decode(torch.cat(codes, dim=-1)[:, :1])
+                compare(f"{name}, only the coarse code decoded", coarse, n_codebooks=1, **facts)
     out = Path(__file__).parent.parent / "results" / f"closeness-{Path(args.dataset).name}.json"
     command = f"python notebooks/closeness.py {args.dataset} {' '.join(args.checkpoints)}"
     out.write_text(json.dumps({"command": command, "codec": codec.name, "codec_checksum": codec.checksum,

@@ -33,6 +33,27 @@ from model import START, Cache, CheckpointError, load_checkpoint
 from tokens import CodecError, load_codec
 
 
+def load(path, device="cpu", codec=None, codec_dir=None):
+    """A checkpoint of train.py -> (`HybridGPT` in eval mode, the `Codec` it was trained with, the checkpoint's dict).
+
+    codec: a name for `load_codec`, None for the one that the checkpoint names. Raises CheckpointError for a checkpoint
+    that cannot be read, or that was trained on something which does not exist while sampling; CodecError for a codec
+    that is not the checkpoint's.
+    """
+    model, checkpoint = load_checkpoint(path, device)
+    if model.config.n_input_codebooks > model.config.n_codebooks:
+        raise CheckpointError(f"{path} reads {model.config.n_input_codebooks} codebooks and predicts "
+                              f"{model.config.n_codebooks}: it can be scored but not sampled")
+    if checkpoint["lookahead"]:
+        raise CheckpointError(f"{path} was trained on a mel that looks {checkpoint['lookahead']} samples ahead: "
+                              "it can be scored but not sampled")
+    codec = load_codec(codec or checkpoint["codec"], device, codec_dir)
+    if codec.checksum != checkpoint["codec_checksum"]:
+        raise CodecError(f"{path} was trained on codes of codec {checkpoint['codec']} "
+                         f"({checkpoint['codec_checksum']}), not on those of {codec.name} ({codec.checksum})")
+    return model, codec, checkpoint
+
+
 def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a code from logits (B, 1024) -> (B,) int64.
 
@@ -121,17 +142,7 @@ def main():
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"error: device '{args.device}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
-    model, checkpoint = load_checkpoint(args.ckpt, args.device)
-    if model.config.n_input_codebooks > model.config.n_codebooks:
-        raise CheckpointError(f"{args.ckpt} reads {model.config.n_input_codebooks} codebooks and predicts "
-                              f"{model.config.n_codebooks}: it can be scored but not sampled")
-    if checkpoint["lookahead"]:
-        raise CheckpointError(f"{args.ckpt} was trained on a mel that looks {checkpoint['lookahead']} samples ahead: "
-                              "it can be scored but not sampled")
-    codec = load_codec(args.codec or checkpoint["codec"], args.device, args.codec_dir)
-    if codec.checksum != checkpoint["codec_checksum"]:
-        raise CodecError(f"{args.ckpt} was trained on codes of codec {checkpoint['codec']} "
-                         f"({checkpoint['codec_checksum']}), not on those of {codec.name} ({codec.checksum})")
+    model, codec, _ = load(args.ckpt, args.device, args.codec, args.codec_dir)
     prompt = None
     if args.prompt:
         wave = torch.from_numpy(np.concatenate(list(read_audio(args.prompt))))

@@ -26,9 +26,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
 from mel import FRAME_RATE, SAMPLE_RATE, log_mel
-from model import CheckpointError, load_checkpoint
-from sample import generate
-from tokens import CodecError, load_codec
+from model import CheckpointError
+from sample import generate, load
+from tokens import CodecError
 
 LAG = FRAME_RATE // 15
 
@@ -73,11 +73,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
 
-    models = [(path, *load_checkpoint(path)) for path in args.checkpoints]
-    codec = load_codec(models[0][2]["codec"])
-    for path, _, checkpoint in models:
-        if checkpoint["codec_checksum"] != codec.checksum:
-            raise CodecError(f"{path} was trained on codes of another codec than {models[0][0]}")
+    if args.clips < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6 or not all(t >= 0 for t in args.temperature):
+        parser.error("--clips must be at least 1, --seconds more than a few frames, --temperature 0 or more")
+    models = {path: load(path) for path in args.checkpoints}
+    codec = models[args.checkpoints[0]][1]
+    if any(other.checksum != codec.checksum for _, other, _ in models.values()):
+        raise CodecError("the checkpoints were trained on codes of different codecs: compare those of one at a time")
     train, val = recordings(args.dataset, args.seconds)
     real = statistics(val)
     rows = []
@@ -91,7 +92,7 @@ def main():
     for k in (codec.n_codebooks, 1):
         compare(f"validation clips, {k} codebook{'s' * (k > 1)} decoded",
                 [codec.decode(codec.encode(wave[None], k))[0] for wave in val])
-    for path, model, checkpoint in models:
+    for path, (model, _, checkpoint) in models.items():
         for temperature in args.temperature:
             generator = torch.Generator().manual_seed(args.seed)
             codes, waves = zip(*generate(model, codec, round(args.seconds * FRAME_RATE), args.clips,

@@ -7,9 +7,9 @@ experiments.py: does the mel help? Runs train.py many times and writes one small
 The question needs a fair comparison: `nano` (tokens and mel) and `nano-gpt` (tokens only) have the same size, batches,
 steps, dropout and schedule, and predict the coarse code; each may choose its learning rate from the same three, by
 validation NLL on the first dataset with seed 0, and keeps it for the other datasets and seeds. `nano-heard` is `nano`
-trained on the mel of what eight codebooks decode to: on what it is shown when it samples. `nano-all` and
-`nano-gpt-all` predict all eight codebooks, as the presets do (one seed). Hybrids are scored with the mel of the
-original, of eight codebooks and of one.
+trained on the mel of what eight codebooks decode to, which is what a sampler of all codebooks shows. `nano-all`, trained
+on that mel, too, and `nano-gpt-all` predict all eight, as the presets do (one seed). Hybrids are scored with the mel of
+the original, of eight codebooks and of one.
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
@@ -43,7 +43,7 @@ MODELS = {"nano": ["--model", "nano", "--n-codebooks", "1"],
 TWINS = {"nano": "nano-gpt", "nano-heard": "nano-gpt", "nano-all": "nano-gpt-all"}
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
-HOW = dict(check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+HOW = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def machine():
@@ -83,7 +83,10 @@ def run(dataset, model, lr, seed):
         git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         commit = git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py", "assets"))
         with open(out.with_suffix(".txt"), "a") as text:
-            subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=text, stderr=text, **HOW)
+            done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=text, stderr=text, **HOW)
+        if done.returncode:
+            last = Path(text.name).read_text().strip().splitlines()[-1]
+            raise RuntimeError(f"run {name} failed: {last.removeprefix('error: ')} (all of it: {text.name})")
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         evaluations = [entry for entry in log if "val_nll" in entry]
         command = "python train.py " + " ".join(options).replace(place, dataset)
@@ -106,7 +109,7 @@ def score(dataset, model, lr, seed):
         scores = {}                                           # by codebooks whose mel it is shown, 0: the original
         for codebooks in ("0", "8", "1") if model in TWINS else ("0",):
             done = subprocess.run([*TRAIN, "--eval", str(out), "--mel-codebooks", codebooks, "--device", "cpu"],
-                                  stdout=subprocess.PIPE, **HOW)
+                                  stdout=subprocess.PIPE, check=True, **HOW)
             figures = json.loads(done.stdout)
             scores[codebooks] = {key: figures[key] for key in ("val_nll", "clip_nll", "clip_targets")}
         write(result, {**content, "scores": scores})
@@ -163,6 +166,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--table", action="store_true", help="print the table of the results that exist")
     args = parser.parse_args()
+    if args.seeds < 1 or args.jobs < 1:
+        parser.error("--seeds and --jobs must be at least 1")
     if not args.table:
         for folder in (RESULTS, RUNS):
             folder.mkdir(exist_ok=True)
@@ -180,4 +185,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")

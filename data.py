@@ -147,7 +147,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead
     names = [path.relative_to(folder).as_posix() for path in paths]
     split_clips(names)                                        # an unclear split is found now, not after encoding
     files = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in zip(names, paths)]
-    made_with = {"format": 1, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
+    made_with = {"format": 2, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mel_floor": FLOOR,
                  "mel_codebooks": mel_codebooks, "lookahead": lookahead}
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
@@ -167,7 +167,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead
 
 
 def _encode_dataset(home, name, paths, names, codec, made_with, quiet):
-    """Fill the folder `home` with codes.npy, mel.npy, clips.npy and meta.json."""
+    """Fill the folder `home` with codes.npy, mel.npy, clips.npy, mel_statistics.npz and meta.json."""
     clips, usable, skipped, row = [], [], [], 0
     total = sum(path.stat().st_size for path in paths)
     with open(home / "codes.npy", "wb+") as codes_file, open(home / "mel.npy", "wb+") as mel_file, \
@@ -217,14 +217,15 @@ def _encode_dataset(home, name, paths, names, codec, made_with, quiet):
     clips, is_val = np.array(clips, dtype=np.int64), np.array(is_val)
     np.save(home / "clips.npy", clips)
     mel = np.load(home / "mel.npy", mmap_mode="r")
-    n, total, squares = 0, np.zeros(N_MELS), np.zeros(N_MELS)
+    n, total, products = 0, np.zeros(N_MELS), np.zeros((N_MELS, N_MELS))
     for start, end in clips[~is_val]:                         # one clip in memory at a time
         part = mel[start:end].astype(np.float64)
-        n, total, squares = n + len(part), total + part.sum(0), squares + np.square(part).sum(0)
+        n, total, products = n + len(part), total + part.sum(0), products + part.T @ part
     mean = total / n
-    std = np.sqrt(np.maximum(squares / n - mean ** 2, 1e-4))  # a band that never moves should not be blown up
+    covariance = products / n - np.outer(mean, mean) + 1e-4 * np.eye(N_MELS)      # silence alone has no variance
+    np.savez(home / "mel_statistics.npz", mean=mean, covariance=covariance)
     meta = {"dataset": name, **made_with, "n_frames": row, "train_frames": n, "val_frames": row - n,
-            "mel_mean": mean.tolist(), "mel_std": std.tolist(), "skipped": skipped,
+            "skipped": skipped,
             "clips": [{"name": c, "val": bool(v)} for c, v in zip(usable, is_val)]}
     (home / "meta.json").write_text(json.dumps(meta, indent=1))
 
@@ -243,13 +244,15 @@ class Dataset:
     meta, key       the content of meta.json; the name of the cache, which changes with anything it was made from
     codes, mel      (frames, K) uint16 and (frames, 80) float16, all clips one after the other
     train, val      (clips, 2) first and one past the last frame of each clip of the split
+    mel_statistics  mean (80,) and covariance (80, 80) of the training split's mel
     """
 
     def __init__(self, home):
         self.meta, self.key = json.loads((home / "meta.json").read_text()), home.name
         self.codes = np.load(home / "codes.npy", mmap_mode="r")
         self.mel = np.load(home / "mel.npy", mmap_mode="r")
-        clips = np.load(home / "clips.npy")
+        clips, statistics = np.load(home / "clips.npy"), np.load(home / "mel_statistics.npz")
+        self.mel_statistics = statistics["mean"], statistics["covariance"]
         is_val = np.array([clip["val"] for clip in self.meta["clips"]])
         self.train, self.val = clips[~is_val], clips[is_val]
         self.train_ends = np.diff(self.train, axis=1)[:, 0].cumsum()      # frames up to and with each clip

@@ -3,7 +3,7 @@ model.py: one hybrid transformer. It reads two views of the same 1/75 s of audio
 
     coarse code ── embedding ─────────────────────────┐
                                                       ├─ concatenate ── project ── blocks ── head ── next code
-    log-mel frame ── standardise ── linear ── blocks ─┘
+    log-mel frame ── whiten ── linear ── blocks ──────┘
                                           (light, causal)
 
 The discrete side makes the output a distribution that can be sampled and scored; the continuous side brings what the
@@ -179,7 +179,7 @@ class HybridGPT(nn.Module):
                 self.finer_embedding = nn.Parameter(torch.empty(c.n_input_codebooks - 1, CODEBOOK_SIZE, c.n_embd))
         if c.use_mel:
             self.register_buffer("mel_mean", torch.zeros(c.n_mels))
-            self.register_buffer("mel_std", torch.ones(c.n_mels))
+            self.register_buffer("mel_whitening", torch.eye(c.n_mels))
             self.mel_in = nn.Linear(c.n_mels, c.n_mel_embd, bias=False)
             self.mel_blocks = nn.ModuleList(
                 Block(c.n_mel_embd, 2 * c.n_mel_embd, head_dim, c.dropout) for _ in range(c.n_mel_layer))
@@ -217,11 +217,19 @@ class HybridGPT(nn.Module):
         """How many numbers are trained."""
         return sum(p.numel() for p in self.parameters())
 
-    def set_mel_statistics(self, mean, std):
-        """Mean and standard deviation (80,) of the training split's log-mel, kept with the weights."""
+    def set_mel_statistics(self, mean, covariance):
+        """Mean (80,) and covariance (80, 80) of the training split's log-mel frames, kept with the weights.
+
+        Neighbouring bands say nearly the same; a few directions of the 80 hold nearly all the variance, and what tells
+        two sounds apart may be in the others. Whitening gives all directions the same size, except for the weakest,
+        which are mostly noise: the variance of each is divided by itself plus a hundredth of their mean.
+        """
         if self.config.use_mel:
+            variances, directions = torch.linalg.eigh(torch.as_tensor(covariance, dtype=torch.float64))
+            scale = (variances + 0.01 * variances.mean()).rsqrt()
+            scale = scale / (variances * scale.square()).mean().sqrt()            # as much variance as 80 bands of 1
             self.mel_mean.copy_(torch.as_tensor(mean))
-            self.mel_std.copy_(torch.as_tensor(std))
+            self.mel_whitening.copy_(directions * scale)
 
     def forward(self, codes, mel, targets=None, cache=None):
         """Logits of the next coarse code at every position, and the losses.
@@ -264,7 +272,7 @@ class HybridGPT(nn.Module):
             for k in range(1, self.config.n_input_codebooks):
                 x = x + self.finer_embedding[k - 1][codes[:, k]].masked_fill(at_start, 0.0)
         if self.config.use_mel:
-            mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) / self.mel_std
+            mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
             m = self.mel_in(mel.masked_fill(at_start, 0.0))                       # (B, T, n_mel_embd)
             for block in self.mel_blocks:
                 m = block(m, rotary, mask, cache)
@@ -303,7 +311,7 @@ class CheckpointError(RuntimeError):
 
 def to_checkpoint(model, **facts):
     """What a checkpoint holds: configuration, weights and `facts`; plain types and tensors only."""
-    return {"format": "whisper-gpt-3", "config": asdict(model.config), "model": model.state_dict(), **facts}
+    return {"format": "whisper-gpt-4", "config": asdict(model.config), "model": model.state_dict(), **facts}
 
 
 def load_checkpoint(path, device="cpu"):
@@ -313,7 +321,7 @@ def load_checkpoint(path, device="cpu"):
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(checkpoint, dict) or checkpoint.get("format") != "whisper-gpt-3":
+        if not isinstance(checkpoint, dict) or checkpoint.get("format") != "whisper-gpt-4":
             raise TypeError("another format")
         model = HybridGPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])

@@ -240,7 +240,7 @@ def main():
             model = HybridGPT(config)
         except ValueError as error:
             sys.exit(f"error: --set: {error}")
-        model.set_mel_statistics(data.meta["mel_mean"], data.meta["mel_std"])
+        model.set_mel_statistics(*data.mel_statistics)
         model.to(device)
     model.train()
     # decay pulls weights of matrix products towards zero; it has no business with embeddings

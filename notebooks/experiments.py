@@ -1,15 +1,24 @@
 """
-experiments.py: does the mel help? Runs train.py many times and writes one small file a run into results/.
+experiments.py: does the mel help, how much, and why? Runs train.py many times and writes one small file a run into
+results/.
 
-    python notebooks/experiments.py speech music              # 26 runs of 300 steps, two at a time, one thread each
-    python notebooks/experiments.py speech music --table      # only print the table of what is there
+    python notebooks/experiments.py speech music              # 34 runs of 300 steps, two at a time, one thread each
+    python notebooks/experiments.py speech --only streams     # another of the questions below
+    python notebooks/experiments.py speech music --table      # only print the tables of what is there
 
 The question needs a fair comparison: `nano` (tokens and mel) and `nano-gpt` (tokens only) have the same size, batches,
 steps, dropout and schedule, and predict the coarse code; each may choose its learning rate from the same three, by
-validation NLL on the first dataset with seed 0, and keeps it for the other datasets and seeds. `nano-heard` is `nano`
-trained on the mel of what eight codebooks decode to, which is what a sampler of all codebooks shows. `nano-all`, trained
-on that mel, too, and `nano-gpt-all` predict all eight, as the presets do (one seed). Hybrids are scored with the mel of
-the original, of eight codebooks and of one.
+validation NLL on the first dataset with seed 0, and keeps it for the other datasets, seeds and questions.
+
+gap       what is gained with the recording's mel, and what is left of it with the mel that sampling shows: `nano`,
+          `nano-gpt`, and `nano-heard`, which is `nano` trained on the mel of what eight codebooks decode to. `nano-all`
+          and `nano-gpt-all` predict all eight, as the presets do, and `nano-all` is trained on that mel, too. Hybrids
+          are scored with the mel of the original, of eight codebooks and of one
+leak      `nano` with a mel that looks ahead; one seed, as all but gap and streams: exploratory
+streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
+fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `nano`'s size
+size      both models narrower and wider, the learning rate in inverse proportion to the width
+context   both models with more and fewer positions, as many targets a step
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
@@ -32,15 +41,28 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from model import PRESETS
 from tokens import MINI_SHA256
 
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
-MODELS = {"nano": ["--model", "nano", "--n-codebooks", "1"],
-          "nano-heard": ["--model", "nano", "--n-codebooks", "1", "--mel-codebooks", "8"],
-          "nano-gpt": ["--model", "nano-gpt", "--n-codebooks", "1"],
-          "nano-all": ["--model", "nano"],
-          "nano-gpt-all": ["--model", "nano-gpt"]}
-TWINS = {"nano": "nano-gpt", "nano-heard": "nano-gpt", "nano-all": "nano-gpt-all"}
+NANO, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
+EXPERIMENTS = {                                               # question: {model: options of train.py}
+    "gap": {"nano": NANO, "nano-heard": [*NANO, "--mel-codebooks", "8"], "nano-gpt": GPT,
+            "nano-all": NANO[:2], "nano-gpt-all": GPT[:2]},
+    "leak": {f"nano-leak{n}": [*NANO, "--lookahead", str(n)] for n in (192, 352, 512)},
+    "streams": {"nano-mel": [*NANO, "--set", "use_codes=False", "n_inner=656"],
+                **{f"nano-heard{k}": [*NANO, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
+                "nano-codes8": [*GPT, "--set", "n_input_codebooks=8"]},
+    "fuse": {"nano-add": [*NANO, "--set", "fuse=add", "n_inner=528"],
+             **{f"nano-mel{n}": [*NANO, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
+                for n, inner in ((0, 584), (2, 440), (4, 296))}},
+    "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
+             for n in (64, 192, 256) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
+    "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
+                for n in (32, 64, 128, 512) for name, options in (("nano", NANO), ("nano-gpt", GPT))}}
+MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
+TWINS = {model: twin if (twin := model.replace("nano", "nano-gpt", 1)) in MODELS else "nano-gpt"
+         for model in MODELS if not model.startswith("nano-gpt")}             # what a gain is measured against
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 HOW = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -101,18 +123,25 @@ def run(dataset, model, lr, seed):
 
 
 def score(dataset, model, lr, seed):
-    """Add to a run's result what its best checkpoint scores, clip by clip, when shown other mels than in training."""
+    """Add to a run's result what its best checkpoint scores clip by clip: with the kind of mel it was trained on and,
+    if the question is the gap, with others."""
     name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
     result, out = RESULTS / f"{name}.json", RUNS / f"{name}.pt"
     content = json.loads(result.read_text())
     if "scores" not in content and out.exists():
-        scores = {}                                           # by codebooks whose mel it is shown, 0: the original
-        for codebooks in ("0", "8", "1") if model in TWINS else ("0",):
-            done = subprocess.run([*TRAIN, "--eval", str(out), "--mel-codebooks", codebooks, "--device", "cpu"],
+        scores, own = {}, trained_on(model)                   # by codebooks whose mel is shown, 0: the original
+        for shown in ("0", "8", "1") if model in EXPERIMENTS["gap"].keys() & TWINS.keys() else (own,):
+            done = subprocess.run([*TRAIN, "--eval", str(out), "--mel-codebooks", shown, "--device", "cpu"],
                                   stdout=subprocess.PIPE, check=True, **HOW)
             figures = json.loads(done.stdout)
-            scores[codebooks] = {key: figures[key] for key in ("val_nll", "clip_nll", "clip_targets")}
+            scores[shown] = {key: figures[key] for key in ("val_nll", "clip_nll", "clip_targets")}
         write(result, {**content, "scores": scores})
+
+
+def trained_on(model):
+    """The codebooks whose mel a model is trained on, "0": the original's; "0" of token-only models, too."""
+    options = MODELS[model]
+    return options[options.index("--mel-codebooks") + 1] if "--mel-codebooks" in options else "0"
 
 
 def bootstrap(gains, weights, draws=1000):
@@ -132,37 +161,51 @@ def table(datasets):
              "|---|---|---|---|---|---|---|"]
     made = set()
     for dataset in map(label, datasets):
-        runs = {}
-        for model in MODELS:
-            found = [result for p in RESULTS.glob(f"{dataset}-{model}-lr*.json") if (result := read(p))]
-            if not found:
-                continue
-            lr = min((r for r in found if r["seed"] == 0), key=lambda r: r["best"]["val_nll"])["lr"]
-            runs[model] = sorted((r for r in found if r["lr"] == lr), key=lambda r: r["seed"])
-            made |= {(r["codec"], r["codec_checksum"], r["machine"], r["torch"]) for r in runs[model]}
-            nll = [r["best"]["val_nll"] for r in runs[model]]
-            mean = lambda key: statistics.mean(r["best"][key] for r in runs[model])
+        runs = {model: found for model in MODELS if (found := best_runs(dataset, model))}
+        for model, found in runs.items():
+            made |= {(r["codec"], r["codec_checksum"], r["machine"], r["torch"]) for r in found}
+            nll = [r["best"]["val_nll"] for r in found]
+            mean = lambda key: statistics.mean(r["best"][key] for r in found)
             spread = f" ± {statistics.stdev(nll):.3f}" if len(nll) > 1 else ""
-            models.append(f"| {dataset} | `{model}` | {runs[model][0]['best']['n_params']:,} | {lr} | "
+            models.append(f"| {dataset} | `{model}` | {found[0]['best']['n_params']:,} | {found[0]['lr']} | "
                           f"{' '.join(f'{n:.3f}' for n in nll)} | {mean('val_nll'):.3f}{spread} | "
                           f"{mean('val_ppl'):.1f} | {100 * mean('val_acc'):.1f} % | {mean('unigram_nll'):.3f} |")
         for model, twin in TWINS.items():
-            pairs = [(a["scores"], b["scores"]["0"]) for a, b in zip(runs.get(model, []), runs.get(twin, []))
-                     if "scores" in a and "scores" in b]
-            for shown, name in (("0", "the original"), ("8", "8 codebooks"), ("1", "1 codebook")) if pairs else ():
-                by_clip = [np.subtract(b["clip_nll"], a[shown]["clip_nll"]) for a, b in pairs]
-                mean, low, high = bootstrap(by_clip, pairs[0][1]["clip_targets"])
-                seeds = " ".join(f"{b['val_nll'] - a[shown]['val_nll']:+.3f}" for a, b in pairs)
-                gains.append(f"| {dataset} | `{model}` | `{twin}` | {name} | {seeds} | {mean:+.3f} | "
-                             f"{low:+.3f} to {high:+.3f} |")
+            for shown, name in (("0", "the original"), ("8", "8 codebooks"), ("4", "4 codebooks"),
+                                ("2", "2 codebooks"), ("1", "1 codebook")):
+                if found := gain(runs.get(model, []), runs.get(twin, []), shown):
+                    by_seed, mean, low, high = found
+                    seeds = " ".join(f"{g:+.3f}" for g in by_seed)
+                    gains.append(f"| {dataset} | `{model}` | `{twin}` | {name} | {seeds} | {mean:+.3f} | "
+                                 f"{low:+.3f} to {high:+.3f} |")
     return "\n".join([*models, "", *gains, "", *(f"Codec {c} ({checksum}), {cpu}, torch {torch}."
                                                 for c, checksum, cpu, torch in sorted(made))])
 
 
+def best_runs(dataset, model):
+    """The results of one model at the learning rate that is best with seed 0, by seed."""
+    found = [result for p in RESULTS.glob(f"{dataset}-{model}-lr*.json") if (result := read(p))]
+    lr = min((r for r in found if r["seed"] == 0), key=lambda r: r["best"]["val_nll"], default={"lr": None})["lr"]
+    return sorted((r for r in found if r["lr"] == lr), key=lambda r: r["seed"])
+
+
+def gain(runs, twins, shown="0"):
+    """What runs gain over the twins of the same seeds, in nats: ([by seed], mean, low, high), or None without scores.
+
+    shown: the codebooks whose mel the hybrid is shown."""
+    pairs = [(a["scores"][shown], b["scores"]["0"]) for a, b in zip(runs, twins)
+             if shown in a.get("scores", ()) and "scores" in b]
+    if pairs:
+        by_clip = [np.subtract(b["clip_nll"], a["clip_nll"]) for a, b in pairs]
+        return [b["val_nll"] - a["val_nll"] for a, b in pairs], *bootstrap(by_clip, pairs[0][1]["clip_targets"])
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Compare nano with its token-only twin.")
+    parser = argparse.ArgumentParser(description="Compare nano with its token-only twin and their relatives.")
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
+                        help=f"{', '.join(EXPERIMENTS)} (default: gap)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap and streams (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--table", action="store_true", help="print the table of the results that exist")
     args = parser.parse_args()
@@ -176,9 +219,13 @@ def main():
             found = list(pool.map(lambda r: run(args.datasets[0], *r, 0), search))
             nll = {r: result["best"]["val_nll"] for r, result in zip(search, found)}
             best = {model: min(LEARNING_RATES, key=lambda lr: nll[model, lr]) for model, _ in search}
-            best |= {"nano-heard": best["nano"], "nano-all": best["nano"], "nano-gpt-all": best["nano-gpt"]}
-            runs = [(d, m, best[m], seed) for m in MODELS for d in args.datasets
-                    for seed in range(1 if m.endswith("-all") else args.seeds)]
+            runs = []
+            for model in (m for question in args.only for m in EXPERIMENTS[question]):
+                lr, width = best[MODELS[model][1]], re.search(r"width(\d+)", model)
+                if width:
+                    lr = f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}"
+                several = model in {**EXPERIMENTS["gap"], **EXPERIMENTS["streams"]}
+                runs += [(d, model, lr, seed) for seed in range(args.seeds if several else 1) for d in args.datasets]
             list(pool.map(lambda r: run(*r), runs))
             list(pool.map(lambda r: score(*r), runs))
     print(table(args.datasets))

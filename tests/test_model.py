@@ -281,17 +281,42 @@ def test_the_mel_at_start_is_ignored_whatever_it_holds(config):
     assert not torch.equal(logits_of(model, codes, mel), before)
 
 
-def test_mel_statistics_standardise_the_input_and_survive_a_checkpoint(tmp_path):
+def some_mel(n=4000):
+    """Frames like log-mel's: a few strong directions, far from zero, (n, 80)."""
+    strength = 10 ** torch.linspace(0.5, -1.5, 80)
+    return torch.randn(n, 80) * strength @ torch.linalg.qr(torch.randn(80, 80))[0] - 5
+
+
+def test_whitened_bands_are_uncorrelated_and_none_is_louder_than_the_others():
+    model, mel = make(HYBRID), some_mel()
+    model.set_mel_statistics(mel.mean(0), torch.cov(mel.T))
+    covariance = torch.cov(((mel - model.mel_mean) @ model.mel_whitening).T)
+    variances = covariance.diagonal()
+    assert (covariance - variances.diag()).abs().max() < 1e-3
+    assert variances.mean().item() == pytest.approx(1, abs=1e-3) and variances.max() < 2
+
+
+def test_whitening_does_not_blow_up_what_never_moves():
+    model, mel = make(HYBRID), some_mel()
+    mel[:, 7] = -11.5
+    model.set_mel_statistics(mel.mean(0), torch.cov(mel.T))
+    assert model.mel_whitening.isfinite().all() and ((mel - model.mel_mean) @ model.mel_whitening).abs().max() < 10
+    mel[:, 7] += 0.01                                         # a hundredth of a nat where there was nothing
+    assert ((mel - model.mel_mean) @ model.mel_whitening).abs().max() < 10
+
+
+def test_mel_statistics_survive_a_checkpoint(tmp_path):
     model, (codes, mel, _) = make(HYBRID), inputs(12)
     before = logits_of(model, codes, mel)
-    mean, std = torch.linspace(-9, 3, 80), torch.linspace(0.5, 4, 80)
-    model.set_mel_statistics(mean.tolist(), std.tolist())
-    torch.testing.assert_close(logits_of(model, codes, mel * std + mean), before, rtol=1e-4, atol=1e-4)
+    frames = some_mel()
+    mean, covariance = frames.mean(0), torch.cov(frames.T)
+    model.set_mel_statistics(mean.tolist(), covariance.numpy())
+    assert not torch.allclose(logits_of(model, codes, mel), before)
     torch.save(to_checkpoint(model, step=3), tmp_path / "m.pt")
     again, checkpoint = load_checkpoint(tmp_path / "m.pt")
-    assert torch.equal(again.mel_mean, mean) and torch.equal(again.mel_std, std) and checkpoint["step"] == 3
+    assert torch.equal(again.mel_whitening, model.mel_whitening) and checkpoint["step"] == 3
     assert torch.equal(logits_of(again, codes, mel), logits_of(model, codes, mel))
-    HybridGPT(TOKENS).set_mel_statistics(mean, std)           # nothing to set, and no error
+    HybridGPT(TOKENS).set_mel_statistics(mean, covariance)    # nothing to set, and no error
 
 
 # ----------------------------------------------------------------------------- positions, band, cache

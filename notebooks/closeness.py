@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
+from experiments import machine
 from mel import FRAME_RATE, SAMPLE_RATE, log_mel
 from model import CheckpointError
 from sample import generate, load
@@ -108,7 +109,8 @@ def main():
     command = f"python notebooks/closeness.py {args.dataset} {' '.join(args.checkpoints)}"
     out.write_text(json.dumps({"command": command, "codec": codec.name, "codec_checksum": codec.checksum,
                                "clips": args.clips, "seconds": args.seconds, "seed": args.seed,
-                               "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+                               "machine": machine(torch.get_num_threads()), "torch": torch.__version__,
+                               "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -68,12 +68,12 @@ TRAIN = [sys.executable, str(ROOT / "train.py")]
 HOW = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def machine():
-    """The processor, and how much of it a run gets."""
+def machine(threads=1):
+    """The processor, and how much of it a run gets, in words."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
-    return f"{cpu}, 1 thread"
+    return f"{cpu}, {threads} thread{'s' * (threads > 1)}"
 
 
 def label(dataset):

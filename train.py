@@ -1,11 +1,12 @@
 """
-train.py: the training loop, on one GPU or on the CPU.
+train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
 
     python train.py --dataset speech                        a hybrid on the bundled speech -> out.pt
     python train.py --dataset speech --model nano-gpt --out gpt.pt        its token-only twin, same batches
     python train.py --dataset ~/recordings --out mine.pt    your own folder of audio
     python train.py --resume                                go on after an interruption, from out.last.pt
     python train.py --eval out.pt                           score a checkpoint, train nothing
+    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; the same losses
 
 Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
 that was printed. An evaluation is the whole validation split in fixed order, so two of them can be compared.
@@ -20,15 +21,19 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import IGNORE, DataError, prepare
 from model import CODEBOOK_SIZE, DEPTH_EVERY, PRESETS, CheckpointError, HybridGPT, load_checkpoint, to_checkpoint
 from tokens import CodecError, load_codec
+
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
 
 
 def parse_arguments():
@@ -99,8 +104,9 @@ def parse_arguments():
         parser.error("--context must be an even number of positions, 2 or more")
     if not args.out.endswith(".pt"):
         parser.error(f"--out {args.out} must end in .pt")
-    if args.batch_size % args.accumulate:
-        parser.error(f"--accumulate {args.accumulate} must divide --batch-size {args.batch_size}")
+    if args.batch_size % (args.accumulate * WORLD):
+        parser.error(f"--accumulate {args.accumulate}" + f" times {WORLD} processes" * (WORLD > 1)
+                     + f" must divide --batch-size {args.batch_size}")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
     args.given = {word.split("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
@@ -108,9 +114,11 @@ def parse_arguments():
 
 
 def choose_device(name):
-    """A torch.device by name, or the best there is."""
+    """A torch.device by name, or the best there is; of torchrun's processes each gets a GPU of its own."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -174,8 +182,14 @@ def learning_rate(step, args):
 def main():
     args = parse_arguments()
     device = choose_device(args.device)
+    if WORLD > 1:
+        if args.eval:
+            sys.exit("error: --eval takes one process: without torchrun")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
+    if RANK:                                                  # the first process alone prepares, evaluates and writes
+        log_path, sys.stdout = Path(os.devnull), open(os.devnull, "w")
 
     # --- what the run is: from the command line, or from the checkpoint that is scored or continued
     checkpoint = None
@@ -217,7 +231,11 @@ def main():
     if wanted > codec.n_codebooks:
         raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {wanted}: choose --n-codebooks "
                          "and n_input_codebooks")
+    if RANK:
+        dist.barrier()                                        # until it is prepared
     data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, lookahead=args.lookahead)
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
     unigram = data.unigram_nll()
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
@@ -258,7 +276,11 @@ def main():
         torch.set_rng_state(checkpoint["rng"].cpu())
         if device.type == "cuda" and "cuda_rng" in checkpoint:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
+    if RANK:
+        torch.manual_seed(args.seed + step + RANK * 2**32)    # each process drops other units
     forward = torch.compile(model) if (device.type == "cuda" if args.compile is None else args.compile) else model
+    if WORLD > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
 
     # --- the log: a continued run drops from it what it is about to do again
     kept = []
@@ -266,7 +288,7 @@ def main():
         entry = json.loads(line) if line.endswith("}") else {"step": math.inf}            # cut off in mid-line
         if entry["step"] < step or entry["step"] == step and "val_nll" not in entry:
             kept.append(line + "\n")
-    log.truncate(0)
+    log = open(log_path, "w")
     log.writelines(kept)
 
     def report(figures):
@@ -295,7 +317,12 @@ def main():
     start, tokens_logged, time_logged = time.time() - seconds, tokens_seen, time.time()
     while True:
         seconds = time.time() - start
-        if step % args.eval_every == 0 or step == args.steps:
+        stop = max(stopped_by, default=0)
+        if WORLD > 1:                                         # all processes stop after the same step
+            stop = torch.tensor(stop, device=device)
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+            stop = stop.item()
+        if (step % args.eval_every == 0 or step == args.steps) and RANK == 0:
             figures, *_ = evaluate(model, data, args.batch_size, autocast)        # not `forward`: nothing to compile
             report({"step": step, **figures, "unigram_nll": unigram, "n_params": n_params,
                     "tokens_seen": tokens_seen, "seconds": round(seconds, 1)})
@@ -308,7 +335,7 @@ def main():
                 best = figures["val_nll"]
                 save(out, to_checkpoint(model, step=step, val_nll=best, **facts))
             time_logged, tokens_logged = time.time(), tokens_seen
-        if step % args.eval_every == 0 or step == args.steps or stopped_by:
+        if (step % args.eval_every == 0 or step == args.steps or stop) and RANK == 0:
             content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
                                     seconds=seconds, best=best, rng=torch.get_rng_state(), args=options, **facts)
             if device.type == "cuda":
@@ -316,21 +343,21 @@ def main():
             save(last, content)
         if step == args.steps:
             break
-        if stopped_by:
+        if stop:
             print(f"stopped at step {step}; continue with: python train.py --resume --out {out}")
-            sys.exit(128 + stopped_by[0])
+            sys.exit(128 + stop)
 
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        codes, mel, targets = (t.to(device) for t in data.batch(args.seed, step, args.batch_size, context))
-        n_targets, loss_sum = counted(targets), 0.0           # (2,)
-        for c, m, t in zip(*(x.chunk(args.accumulate) for x in (codes, mel, targets))):
+        batch = data.batch(args.seed, step, args.batch_size, context)             # codes, mel, targets
+        n_targets, loss_sum = counted(batch[2]).to(device), 0.0                   # (2,)
+        for c, m, t in zip(*(x.chunk(WORLD)[RANK].to(device).chunk(args.accumulate) for x in batch)):
             with autocast:
                 _, losses = forward(c, m, t)                  # (K,)
             share = counted(t) / n_targets                    # means over the batch, not over its parts
             loss = losses[0] * share[0] + (losses[1:].mean() * share[1] if len(losses) > 1 else 0)
-            loss.backward()
+            (loss * WORLD).backward()                         # the processes' gradients will be averaged
             loss_sum += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
@@ -339,6 +366,8 @@ def main():
         tokens_seen += n_targets[0].item()
 
         if step % 20 == 0 or step == args.steps:
+            if WORLD > 1:
+                dist.all_reduce(loss_sum)
             loss_value = loss_sum.item()                      # a CPU-GPU sync point, hence not every step
             if not math.isfinite(loss_value):
                 sys.exit(f"error: the loss is {loss_value} at step {step}, learning rate {lr:.2e}; the last good "
@@ -350,6 +379,8 @@ def main():
 
     print(f"best validation NLL {best:.4f} nats ({unigram - best:.4f} below the unigram figure) in {out}; "
           f"hear it with: python sample.py --ckpt {out}")
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def test_resuming_a_finished_run_changes_no_figure(run, tmp_path):
 
 
 def test_resuming_with_another_option_is_refused(run, trained):
-    assert_refused(run(trained, "--resume", "--lr", 0.5, small=False), "--lr", "0.006")
+    assert_refused(run(trained, "--resume", "--lr", 0.5, small=False), "--lr", "0.012")
     assert_refused(run(trained, "--resume", "--batch-size=4", small=False), "--batch-size")
     assert_refused(run(trained, "--resume", "--overwrite", small=False), "--overwrite")
 
@@ -460,3 +460,21 @@ def test_the_learning_rate_warms_up_linearly_and_falls_to_a_tenth():
     assert rates[10] == 2.0 and math.isclose(rates[60], 1.1) and math.isclose(rates[110], 0.2)
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
     assert train.learning_rate(0, SimpleNamespace(lr=2.0, warmup=0, steps=5)) == 2.0
+
+
+# ----------------------------------------------------------------------------- several processes
+
+def test_two_processes_train_as_one_does(own_clips, tiny_codec_file, tmp_path):
+    options = ["--dataset", own_clips, "--codec", tiny_codec_file, "--steps", 4, "--eval-every", 2, "--context", 32,
+               "--batch-size", 4, "--device", "cpu", "--model", "nano", "--dropout", 0]
+    logs = []
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        command = [sys.executable, *launch, SCRIPT, *options, "--out", f"{name}.pt"]
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("best validation NLL") == 1                      # one of them speaks
+        logs.append(log_of(tmp_path / f"{name}.jsonl"))
+    one, two = ([entry.get("val_nll", entry.get("loss")) for entry in log[1:]] for log in logs)
+    assert len(one) == 4 and one == pytest.approx(two, abs=1e-4)
+    assert one[0] - one[1] > 0.01                             # and not because nothing moves

@@ -10,7 +10,8 @@ One frame, 1/75 s, at a time, around one loop:
     ┌▶ model ── logits ── draw ── codes ──▶ codec decoder ── 320 samples ──┬──▶ sample.wav
     └── coarse code and mel of this frame ◀──────────────── log-mel ◀──────┘
 
-A model with several codebooks draws the finer codes of a frame one after the other, each knowing those before it.
+A model with several codebooks draws the finer codes of a frame one after the other, each knowing those before it. They
+say how the wave goes exactly; drawn less boldly than the coarse code they make it smoother.
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
 no frame costs more than one with a full context. The mel that the model is shown is that of what is really heard.
@@ -74,14 +75,16 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 @torch.no_grad()
-def generate(model, codec, n_frames, num=1, prompt=None, **how):
+def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_temperature=None, **how):
     """Yield (codes (B, K, 1), wave (B, 320)) frame by frame: the prompt as the codec decodes it, then `n_frames` new.
 
     model: a `HybridGPT` of K codebooks in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
-    prompt: codes (1, K, P) or None; how: arguments of `draw`
+    prompt: codes (1, K, P) or None; temperature: of the coarse code; finer_temperature: of the others, None: half of
+        it, which is closer to recordings (notebooks/closeness.py); how: further arguments of `draw`
     The prompt and its continuation run through one codec state, so there is no seam between them.
     """
     device = next(model.parameters()).device
+    finer_temperature = temperature / 2 if finer_temperature is None else finer_temperature
     n_prompt = 0 if prompt is None else prompt.shape[-1]
     cache, decoder, spectrogram = Cache(model.config.context), codec.stream_decoder(), StreamingLogMel()
     codes = torch.zeros(num, model.config.n_input_codebooks, 1, dtype=torch.long, device=device)
@@ -92,10 +95,10 @@ def generate(model, codec, n_frames, num=1, prompt=None, **how):
         if t < n_prompt:
             codes = prompt[:, :, t:t + 1].expand(num, -1, 1).to(device)
         else:
-            chosen = draw(logits[:, 0], **how)[:, None]       # (B, k), coarse first
+            chosen = draw(logits[:, 0], temperature, **how)[:, None]          # (B, k), coarse first
             for _ in range(1, model.config.n_codebooks):
                 finer = model.finer_logits(x[:, 0], chosen)[:, -1]
-                chosen = torch.cat([chosen, draw(finer, **how)[:, None]], dim=1)
+                chosen = torch.cat([chosen, draw(finer, finer_temperature, **how)[:, None]], dim=1)
             codes = chosen[:, :, None]
         wave = decoder.push(codes.to(codec.device))           # (B, 320)
         mel = spectrogram.push(wave).to(device)               # (B, 1, 80)
@@ -109,7 +112,8 @@ def parse_arguments():
     add("--prompt", help="audio file to continue")
     add("--seconds", type=float, default=5.0, help="of new audio (default: %(default)s)")
     add("--num", type=int, default=1, help="how many, generated side by side (default: %(default)s)")
-    add("--temperature", type=float, default=0.8, help="0: always the likeliest code (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, help="0: always the likeliest code (default: %(default)s)")
+    add("--finer-temperature", type=float, help="of codebooks 2 and finer (default: half of --temperature)")
     add("--top-k", type=int, help="draw among the k likeliest codes only")
     add("--top-p", type=float, help="draw among the likeliest codes that hold this much probability")
     add("--seed", type=int, default=0, help="default: %(default)s")
@@ -121,8 +125,9 @@ def parse_arguments():
     args = parser.parse_args()
     if not 1 <= args.seconds * FRAME_RATE < math.inf or args.num < 1:            # nan fails every comparison
         parser.error(f"--seconds must be at least one frame (1/{FRAME_RATE}) and --num at least 1")
-    if not 0 <= args.temperature < math.inf or not 0 <= args.seed < 2**63:
-        parser.error("--temperature and --seed must be 0 or more")
+    if not (0 <= args.temperature < math.inf and 0 <= (args.finer_temperature or 0) < math.inf
+            and 0 <= args.seed < 2**63):
+        parser.error("--temperature, --finer-temperature and --seed must be 0 or more")
     if args.out == "-" and args.num > 1:
         parser.error("--out - carries one stream: --num 1")
     if args.top_k is not None and args.top_k < 1 or args.top_p is not None and not 0 < args.top_p <= 1:
@@ -158,8 +163,9 @@ def main():
         for part in parts:
             stack.callback(part.unlink, missing_ok=True)
         files = [stack.enter_context(soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, "PCM_16")) for part in parts]
-        for t, (_, wave) in enumerate(generate(model, codec, n_frames, args.num, prompt, temperature=args.temperature,
-                                               top_k=args.top_k, top_p=args.top_p, generator=generator), start=1):
+        for t, (_, wave) in enumerate(generate(model, codec, n_frames, args.num, prompt, args.temperature,
+                                               args.finer_temperature, top_k=args.top_k, top_p=args.top_p,
+                                               generator=generator), start=1):
             samples = (wave.clamp(-1, 1) * 32767).round().short().cpu().numpy()                          # (B, 320)
             if live:
                 sys.stdout.buffer.write(samples.astype("<i2").tobytes())

@@ -69,13 +69,18 @@ def main():
     parser.add_argument("checkpoints", nargs="+", help="of train.py")
     parser.add_argument("--clips", type=int, default=32, help="to generate with each (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.7, 0.8, 0.9, 1.0],
-                        help="default: 0.7 0.8 0.9 1.0")
+    parser.add_argument("--temperature", nargs="+", default=["0.8:0.8", "1:1", "0.8:0.4", "1:0.5"], metavar="T:F",
+                        help="of the coarse and of the finer codes (default: 0.8:0.8 1:1 0.8:0.4 1:0.5)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
 
-    if args.clips < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6 or not all(t >= 0 for t in args.temperature):
-        parser.error("--clips must be at least 1, --seconds more than a few frames, --temperature 0 or more")
+    try:
+        temperatures = [tuple(map(float, pair.split(":"))) for pair in args.temperature]
+        fine = all(len(pair) == 2 and min(pair) >= 0 for pair in temperatures)
+    except ValueError:
+        fine = False
+    if args.clips < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6 or not fine:
+        parser.error("--clips must be at least 1, --seconds more than a few frames, --temperature like 1:0.5")
     models = {path: load(path) for path in args.checkpoints}
     codec = models[args.checkpoints[0]][1]
     if any(other.checksum != codec.checksum for _, other, _ in models.values()):
@@ -94,13 +99,13 @@ def main():
         compare(f"validation clips, {k} codebook{'s' * (k > 1)} decoded",
                 [codec.decode(codec.encode(wave[None], k))[0] for wave in val])
     for path, (model, _, checkpoint) in models.items():
-        for temperature in args.temperature:
+        for temperature, finer in temperatures:
             generator = torch.Generator().manual_seed(args.seed)
-            codes, waves = zip(*generate(model, codec, round(args.seconds * FRAME_RATE), args.clips,
-                                         temperature=temperature, generator=generator))
-            name = f"{Path(path).stem}, temperature {temperature:g}"
+            codes, waves = zip(*generate(model, codec, round(args.seconds * FRAME_RATE), args.clips, None,
+                                         temperature, finer, generator=generator))
+            name = f"{Path(path).stem}, temperature {temperature:g}, finer codes {finer:g}"
             facts = {"checkpoint": path, "preset": checkpoint["preset"], "val_nll": checkpoint["val_nll"],
-                     "temperature": temperature}
+                     "temperature": temperature, "finer_temperature": finer}
             compare(name, torch.cat(waves, dim=1), n_codebooks=model.config.n_codebooks, **facts)
             if model.config.n_codebooks > 1:
                 coarse = codec.decode(torch.cat(codes, dim=-1)[:, :1])

@@ -154,7 +154,7 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use
             chosen = draw(logits[:, -1], generator=generator)[:, None]
             while chosen.shape[1] < K:
                 finer = model.finer_logits(x[:, -1], chosen)[:, -1]
-                chosen = torch.cat([chosen, draw(finer, generator=generator)[:, None]], dim=1)
+                chosen = torch.cat([chosen, draw(finer, 0.5, generator=generator)[:, None]], dim=1)
         again = torch.cat([again, chosen[..., None]], dim=-1)
     assert torch.equal(again[..., 1:], codes)
     assert codes[..., n_prompt:].unique().numel() > 40        # not one code for ever
@@ -191,6 +191,15 @@ def test_temperature_zero_is_the_same_for_every_seed(run, tmp_path):
     for out, seed in (("a.wav", 1), ("b.wav", 2)):
         run("--temperature", 0, "--seed", seed, "--out", out)
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+
+
+@pytest.mark.parametrize("finer, expected", [(None, 0.5), (0.7, 0.7), (0.0, 0.0)])
+def test_finer_codes_are_drawn_at_a_temperature_of_their_own(tiny_codec, finer, expected):
+    model = HybridGPT(Config(n_layer=1, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, n_codebooks=3,
+                             n_depth_embd=32)).eval()
+    with mock.patch.object(sample, "draw", side_effect=draw) as drawn:
+        list(sample.generate(model, tiny_codec, 2, temperature=1.0, finer_temperature=finer))
+    assert [call.args[1] for call in drawn.call_args_list] == [1.0, expected, expected] * 2
 
 
 def test_num_3_writes_three_different_files(run, tmp_path):
@@ -260,6 +269,8 @@ def test_prompt_and_output_may_be_the_same_file(run, tmp_path):
     (["--out", "sample.mp3"], ["sample.mp3", ".wav"]),
     (["--temperature", -1], ["--temperature"]),
     (["--temperature", "nan"], ["--temperature"]),
+    (["--finer-temperature", "nan"], ["--finer-temperature"]),
+    (["--finer-temperature", -1], ["--finer-temperature"]),
     (["--seconds", 0], ["--seconds"]),
     (["--seconds", "nan"], ["--seconds"]),
     (["--seconds", "inf"], ["--seconds"]),

@@ -291,7 +291,7 @@ def test_resuming_a_finished_run_changes_no_figure(run, tmp_path):
 
 
 def test_resuming_with_another_option_is_refused(run, trained):
-    assert_refused(run(trained, "--resume", "--lr", 0.5, small=False), "--lr", "0.006")
+    assert_refused(run(trained, "--resume", "--lr", 0.5, small=False), "--lr", "0.012")
     assert_refused(run(trained, "--resume", "--batch-size=4", small=False), "--batch-size")
     assert_refused(run(trained, "--resume", "--overwrite", small=False), "--overwrite")
 

@@ -7,8 +7,9 @@ data.py: a dataset's name, or a folder of audio, becomes aligned arrays on disk,
 The mel is the original audio's, or, with mel_codebooks, that of the audio which so many codebooks decode to: what a
 model sees when it samples.
 
-    clips.npy   (clips, 2) int64, first row and one past the last row of every clip
-    meta.json   what it was made from and with, the split, counts, the mel's mean and standard deviation
+    clips.npy            (clips, 2) int64, first row and one past the last row of every clip
+    mel_statistics.npz   mean and covariance of the training split's mel
+    meta.json            what it was made from and with, the split, counts
 
     >>> data = prepare("speech", load_codec("mini"))          # once: afterwards it is only opened
     >>> codes, mel, targets = data.batch(seed=0, step=0, batch_size=16, context=256)
@@ -39,7 +40,8 @@ IGNORE = -1                          # a target that does not count
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
-BLOCK_SECONDS = 10                   # audio is read, resampled and encoded this much at a time
+BLOCK_SECONDS = 10                   # audio is read, resampled and encoded this much at a time,
+BLOCK_VALUES = 4_000_000             # and never more than this, all channels together
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
 SUFFIXES |= {".oga", ".opus", ".aif"}
 
@@ -53,18 +55,22 @@ class DataError(RuntimeError):
 def read_audio(path):
     """Yield a file's audio, any sample rate and channels, as mono 24 kHz float32 pieces (n,) of at most 10 s.
 
-    Raises DataError, naming the file, if it is unreadable, empty or holds non-finite samples.
+    Raises DataError, naming the file, if it is unreadable, empty, claims a sample rate that no audio has or holds
+    non-finite samples.
     """
     n_samples = 0
     try:
         with soundfile.SoundFile(path) as file:
+            if not 1_000 <= file.samplerate <= 1_000_000:
+                raise DataError(f"{path}: claims {file.samplerate} samples a second, not 1,000 to 1,000,000")
             resampler = None
             if file.samplerate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
-            for block in file.blocks(BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True):
-                wave = block.mean(axis=1)
-                if not np.isfinite(wave).all():
+            n = min(BLOCK_SECONDS * file.samplerate, BLOCK_VALUES // file.channels)
+            for block in file.blocks(n, dtype="float32", always_2d=True):
+                if not np.isfinite(block).all():
                     raise DataError(f"{path}: holds NaN or infinite samples")
+                wave = block.mean(axis=1)
                 n_samples += len(wave)
                 yield resampler.resample_chunk(wave) if resampler else wave
             if resampler:
@@ -248,13 +254,22 @@ class Dataset:
     """
 
     def __init__(self, home):
-        self.meta, self.key = json.loads((home / "meta.json").read_text()), home.name
-        self.codes = np.load(home / "codes.npy", mmap_mode="r")
-        self.mel = np.load(home / "mel.npy", mmap_mode="r")
-        clips, statistics = np.load(home / "clips.npy"), np.load(home / "mel_statistics.npz")
-        self.mel_statistics = statistics["mean"], statistics["covariance"]
-        is_val = np.array([clip["val"] for clip in self.meta["clips"]])
-        self.train, self.val = clips[~is_val], clips[is_val]
+        try:
+            self.meta, self.key = json.loads((home / "meta.json").read_text()), home.name
+            self.codes = np.load(home / "codes.npy", mmap_mode="r")
+            self.mel = np.load(home / "mel.npy", mmap_mode="r")
+            clips, statistics = np.load(home / "clips.npy"), np.load(home / "mel_statistics.npz")
+            self.mel_statistics = statistics["mean"], statistics["covariance"]
+            is_val = np.array([clip["val"] for clip in self.meta["clips"]])
+            self.train, self.val = clips[~is_val], clips[is_val]
+            if not (self.codes.dtype == np.uint16 and self.mel.dtype == np.float16 and clips.dtype == np.int64
+                    and len(self.codes) == len(self.mel) and self.mel.shape[1] == N_MELS
+                    and 0 <= clips.min() <= clips.max() <= len(self.codes) and (clips[:, 0] < clips[:, 1]).all()
+                    and len(self.train) and len(self.val) and self.codes.max() < CODEBOOK_SIZE):
+                raise ValueError("its parts do not fit together")
+        except Exception as error:                            # damaged arrays make numpy raise almost anything
+            raise DataError(f"the cache {home} is damaged ({type(error).__name__}): delete that folder, and it will be "
+                            "made anew") from error
         self.train_ends = np.diff(self.train, axis=1)[:, 0].cumsum()      # frames up to and with each clip
 
     def batch(self, seed, step, batch_size, context):

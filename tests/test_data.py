@@ -7,6 +7,7 @@ import json
 import math
 import os
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -199,6 +200,25 @@ def test_unusable_files_are_skipped_and_named_in_one_line(tmp_path, tiny_codec, 
     assert np.array_equal(dataset.codes, clean.codes) and np.array_equal(dataset.mel, clean.mel)
 
 
+@pytest.mark.parametrize("rate", [1, 2_000_000_000])
+def test_a_header_with_an_absurd_sample_rate_is_refused(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", noise(0.5), SAMPLE_RATE)
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    content[24:28] = rate.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(DataError, match=f"a.wav: claims {rate} samples a second"):
+        list(read_audio(tmp_path / "a.wav"))
+
+
+def test_many_channels_are_read_in_smaller_blocks(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.repeat(noise(12.0), 64, axis=1), SAMPLE_RATE)
+    with mock.patch.object(data.soundfile.SoundFile, "blocks", autospec=True,
+                           side_effect=soundfile.SoundFile.blocks) as blocks:
+        wave = np.concatenate(list(read_audio(tmp_path / "a.wav")))
+    assert blocks.call_args.args[1] * 64 <= data.BLOCK_VALUES
+    np.testing.assert_allclose(wave, noise(12.0)[:, 0], atol=1e-4)
+
+
 def test_a_folder_with_nothing_usable_is_an_error(tmp_path, tiny_codec):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "text.wav").write_text("this is not audio")
@@ -226,6 +246,15 @@ def test_a_folder_that_holds_the_cache_is_refused(tiny_codec):
 
 
 # ----------------------------------------------------------------------------- the cache
+
+def test_a_cache_with_codes_that_do_not_exist_is_refused(tmp_path, tiny_codec):
+    dataset = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True)
+    codes = np.load(tmp_path / "cache" / dataset.key / "codes.npy")
+    codes[3, 0] = 1024
+    np.save(tmp_path / "cache" / dataset.key / "codes.npy", codes)
+    with pytest.raises(DataError, match=f"{dataset.key} is damaged.*delete"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+
 
 def test_a_second_preparation_encodes_nothing(tmp_path, tiny_codec):
     folder = clips(tmp_path / "in")

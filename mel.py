@@ -108,7 +108,7 @@ def log_mel(wave, lookahead=0):
     """Causal log-mel spectrogram of a 24 kHz waveform.
 
     wave (B, N) or (N,) float32 in [-1, 1] -> (B, T, 80) or (T, 80), T = N // 320; raw natural-log power, not
-    standardised. Frame t depends on samples before (t+1)*HOP + lookahead only. Differentiable, on any device.
+    whitened. Frame t depends on samples before (t+1)*HOP + lookahead only. Differentiable, on any device.
     Raises ValueError for another number of dimensions or a bad lookahead.
     """
     if wave.dim() not in (1, 2):

@@ -80,7 +80,7 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
 
     model: a `HybridGPT` of K codebooks in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
     prompt: codes (1, K, P) or None; temperature: of the coarse code; finer_temperature: of the others, None: half of
-        it, which at temperature 1 is closer to recordings than 1 (notebooks/closeness.py); how: more arguments of `draw`
+        it, which at temperature 1 is closer to recordings than 1 (notebooks/closeness.py); how: more for `draw`
     The prompt and its continuation run through one codec state, so there is no seam between them.
     """
     device = next(model.parameters()).device

@@ -231,8 +231,7 @@ def _encode_dataset(home, name, paths, names, codec, made_with, quiet):
     covariance = products / n - np.outer(mean, mean) + 1e-4 * np.eye(N_MELS)      # silence alone has no variance
     np.savez(home / "mel_statistics.npz", mean=mean, covariance=covariance)
     meta = {"dataset": name, **made_with, "n_frames": row, "train_frames": n, "val_frames": row - n,
-            "skipped": skipped,
-            "clips": [{"name": c, "val": bool(v)} for c, v in zip(usable, is_val)]}
+            "skipped": skipped, "clips": [{"name": c, "val": bool(v)} for c, v in zip(usable, is_val)]}
     (home / "meta.json").write_text(json.dumps(meta, indent=1))
 
 

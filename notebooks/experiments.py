@@ -54,7 +54,7 @@ EXPERIMENTS = {                                               # question: {model
                 **{f"nano-heard{k}": [*NANO, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
                 "nano-codes8": [*GPT, "--set", "n_input_codebooks=8"]},
     "fuse": {"nano-add": [*NANO, "--set", "fuse=add", "n_inner=528"],
-             **{f"nano-mel{n}": [*NANO, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
+             **{f"nano-blocks{n}": [*NANO, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
                 for n, inner in ((0, 584), (2, 440), (4, 296))}},
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
              for n in (64, 192, 256) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
@@ -220,12 +220,13 @@ def main():
             nll = {r: result["best"]["val_nll"] for r, result in zip(search, found)}
             best = {model: min(LEARNING_RATES, key=lambda lr: nll[model, lr]) for model, _ in search}
             runs = []
-            for model in (m for question in args.only for m in EXPERIMENTS[question]):
-                lr, width = best[MODELS[model][1]], re.search(r"width(\d+)", model)
-                if width:
-                    lr = f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}"
-                several = model in {**EXPERIMENTS["gap"], **EXPERIMENTS["streams"]}
-                runs += [(d, model, lr, seed) for seed in range(args.seeds if several else 1) for d in args.datasets]
+            for question in args.only:
+                seeds = range(args.seeds if question in ("gap", "streams") else 1)
+                for model, options in EXPERIMENTS[question].items():
+                    lr, width = best[options[1]], re.search(r"width(\d+)", model)
+                    if width:
+                        lr = f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}"
+                    runs += [(d, model, lr, seed) for seed in seeds for d in args.datasets]
             list(pool.map(lambda r: run(*r), runs))
             list(pool.map(lambda r: score(*r), runs))
     print(table(args.datasets))

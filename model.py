@@ -309,24 +309,29 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message is one line for a person."""
 
 
+FORMAT = "whisper-gpt-4"             # 3: the mel was standardised, not whitened
+
+
 def to_checkpoint(model, **facts):
     """What a checkpoint holds: configuration, weights and `facts`; plain types and tensors only."""
-    return {"format": "whisper-gpt-4", "config": asdict(model.config), "model": model.state_dict(), **facts}
+    return {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **facts}
 
 
 def load_checkpoint(path, device="cpu"):
     """Read a checkpoint of train.py -> (HybridGPT in eval mode, the checkpoint's dict). Cannot run code.
 
-    Raises CheckpointError if the file is missing, damaged, or something else.
+    Raises CheckpointError if the file is missing, damaged, of an older format, or something else.
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(checkpoint, dict) or checkpoint.get("format") != "whisper-gpt-4":
-            raise TypeError("another format")
+        if checkpoint["format"] != FORMAT:
+            raise CheckpointError(f"{path} is of format {checkpoint['format']}, and this is {FORMAT}: train it anew")
         model = HybridGPT(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}: train.py writes one") from error
+    except CheckpointError:
+        raise
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
         raise CheckpointError(f"{path} is not a whole checkpoint written by train.py "
                               f"({type(error).__name__})") from error

@@ -217,11 +217,8 @@ def main():
         args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
         if args.mel_codebooks is None:
             args.mel_codebooks = args.n_codebooks if args.n_codebooks > 1 else 0
-    if not args.eval:
-        try:
-            log = open(log_path, "a")                         # now, and not after an hour of work
-        except OSError as error:
-            sys.exit(f"error: cannot write {log_path} ({error.strerror}): choose another --out")
+    if not args.eval and not os.access(out.parent, os.W_OK):  # found now, and not after an hour of work
+        sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
 
     codec = load_codec(args.codec, device, args.codec_dir)
     if checkpoint and checkpoint["codec_checksum"] != codec.checksum:

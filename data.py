@@ -14,6 +14,9 @@ model sees when it samples.
     >>> data = prepare("speech", load_codec("mini"))          # once: afterwards it is only opened
     >>> codes, mel, targets = data.batch(seed=0, step=0, batch_size=16, context=256)
 
+Encoding is most of the work. Files of about the same length go through the codec side by side, on a GPU or on all cores
+of the CPU; each is put away when it is done, so that an interrupted preparation goes on where it was.
+
 A batch is a pure function of (seed, step): the same for every model, and after a resume. Each row is a window of one
 clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding that no target
 counts. The first position of a clip is START, so the model is always told that there is nothing before.
@@ -23,7 +26,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ import soxr
 import torch
 from tqdm import tqdm
 
+from corpora import CORPORA, DataError, alone, disk_full, fetch
 from mel import FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, StreamingLogMel
 from tokens import CODEBOOK_SIZE
 
@@ -40,20 +43,17 @@ IGNORE = -1                          # a target that does not count
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
-BLOCK_SECONDS = 10                   # audio is read, resampled and encoded this much at a time,
+BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time,
 BLOCK_VALUES = 4_000_000             # and never more than this, all channels together
+LONG = 60                            # seconds: a longer file is encoded alone
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
 SUFFIXES |= {".oga", ".opus", ".aif"}
-
-
-class DataError(RuntimeError):
-    """Audio or a dataset that cannot be used; the message is one line for a person."""
 
 
 # ----------------------------------------------------------------------------- audio in
 
 def read_audio(path):
-    """Yield a file's audio, any sample rate and channels, as mono 24 kHz float32 pieces (n,) of at most 10 s.
+    """Yield a file's audio, any sample rate and channels, as mono 24 kHz float32 pieces (n,) of at most about 10 s.
 
     Raises DataError, naming the file, if it is unreadable, empty, claims a sample rate that no audio has or holds
     non-finite samples.
@@ -66,7 +66,7 @@ def read_audio(path):
             resampler = None
             if file.samplerate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
-            n = min(BLOCK_SECONDS * file.samplerate, BLOCK_VALUES // file.channels)
+            n = min(BLOCK * file.samplerate // SAMPLE_RATE, BLOCK_VALUES // file.channels)
             for block in file.blocks(n, dtype="float32", always_2d=True):
                 if not np.isfinite(block).all():
                     raise DataError(f"{path}: holds NaN or infinite samples")
@@ -82,55 +82,103 @@ def read_audio(path):
         raise DataError(f"{path}: holds no samples")
 
 
-def encode_file(path, codec, mel_codebooks=0, lookahead=0):
-    """Yield (codes (t, K) uint16, mel (u, 80) float16) of a file piece by piece, in bounded memory.
-
-    mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. lookahead: as
-    in `log_mel`; then mel frames come later than their codes, but in the end there are as many.
-    """
-    encoder, spectrogram, behind = codec.stream_encoder(), StreamingLogMel(lookahead), 0
-    decoder = codec.stream_decoder() if mel_codebooks else None
+def read_blocks(path):
+    """`read_audio` in pieces of exactly BLOCK samples, the last one shorter."""
+    rest = np.zeros(0, np.float32)
     for piece in read_audio(path):
-        wave = torch.from_numpy(piece).to(codec.device)
-        codes = encoder.push(wave[None])                      # (1, K, t)
-        if mel_codebooks:
-            wave = decoder.push(codes[:, :mel_codebooks])[0]
-        mel = spectrogram.push(wave)                          # (u, 80)
-        behind += codes.shape[-1] - len(mel)
-        yield codes[0].T.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
-    if lookahead:
-        mel = spectrogram.push(torch.zeros(lookahead, device=codec.device))[:behind]
-        yield np.zeros((0, codec.n_codebooks), np.uint16), mel.cpu().numpy().astype(np.float16)
+        rest = np.concatenate([rest, piece])
+        while len(rest) >= BLOCK:
+            yield rest[:BLOCK]
+            rest = rest[BLOCK:]
+    yield rest
+
+
+def encode_files(paths, codec, mel_codebooks=0, lookahead=0):
+    """Encode files side by side, block by block: yields (i, codes (t, K) uint16, mel (t, 80) float16) of paths[i].
+
+    Everything is causal, so a file that ends before others is padded and what the padding gives is left out. At last
+    comes (i, problem, None) of every file, problem: None, or why it cannot be used.
+    mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. lookahead: as
+    in `log_mel`.
+    """
+    encoder, spectrogram = codec.stream_encoder(), StreamingLogMel(lookahead)
+    decoder = codec.stream_decoder() if mel_codebooks else None
+    readers = {i: read_blocks(path) for i, path in enumerate(paths)}
+    n_samples, problems, done, codes = [0] * len(paths), {}, 0, None
+    while readers or lookahead:
+        waves = np.zeros((len(paths), BLOCK), np.float32)
+        longest = 0
+        for i, reader in list(readers.items()):
+            try:
+                block = next(reader, None)
+            except DataError as error:
+                problems[i], block = str(error).removeprefix(f"{paths[i]}: "), None
+            if block is None:
+                del readers[i]
+            else:
+                waves[i, :len(block)] = block
+                n_samples[i] += len(block)
+                longest = max(longest, len(block))
+        if not readers and not longest:                       # all have ended: show the mel the silence after them
+            longest, lookahead = lookahead, 0
+        wave = torch.from_numpy(waves[:, :longest]).to(codec.device)
+        new = encoder.push(wave)                              # (B, K, t)
+        codes = new if codes is None else torch.cat([codes, new], dim=-1)
+        if decoder:
+            wave = decoder.push(new[:, :mel_codebooks])
+        mel = spectrogram.push(wave)                          # (B, u, 80); with a lookahead they come later
+        ready, codes = codes[..., :mel.shape[1]], codes[..., mel.shape[1]:]
+        for i, n in enumerate(n_samples):
+            n = max(0, min(n // HOP - done, mel.shape[1]))
+            yield i, ready[i, :, :n].T.cpu().numpy().astype(np.uint16), mel[i, :n].cpu().numpy().astype(np.float16)
+        done += mel.shape[1]
+    for i, n in enumerate(n_samples):
+        yield i, problems.get(i, f"shorter than one frame of {HOP} samples" if n < HOP else None), None
 
 
 # ----------------------------------------------------------------------------- preparing a dataset
 
 def find_audio(dataset, cache=CACHE):
-    """A bundled dataset's name or a folder -> (folder, sorted paths of the audio files under it)."""
-    folder = BUNDLED.get(dataset, Path(dataset).expanduser())
+    """A dataset's name or a folder -> (folder, sorted names of the audio files under it, as paths relative to it).
+
+    A corpus of corpora.py that is not there yet is fetched.
+    """
+    if dataset in CORPORA:
+        folder, corpus = fetch(dataset)
+        tops = [folder / archive.folder for archive in corpus.archives]
+    else:
+        folder = BUNDLED.get(dataset, Path(dataset).expanduser())
+        tops = [folder]
     if not folder.is_dir():
-        raise DataError(f"no dataset '{dataset}': use {', '.join(BUNDLED)}, or the path of a folder of audio files")
+        raise DataError(f"no dataset '{dataset}': use {', '.join([*BUNDLED, *CORPORA])}, or the path of a folder of "
+                        "audio files")
     if Path(cache).resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{folder} contains this program's cache ({cache}): choose a folder of audio only")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
+    names = sorted(path.relative_to(folder).as_posix() for top in tops for path in top.rglob("*")
+                   if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not names:
         raise DataError(f"no audio files under {folder} (looked for wav, flac, ogg, mp3 and the like)")
-    return folder, paths
+    return folder, names
 
 
-def split_clips(names):
+def split_clips(names, dataset=None):
     """Which clips validate: bool per name (relative path).
 
     With top-level folders train/ and val/, those in val/. Otherwise the tenth or so whose path hashes low, so that
     adding a file moves no other, but for the one that a small folder needs on either side. Raises DataError where
-    train/ and val/ have a neighbour: nobody could tell which side it belongs to.
+    train/ and val/ have a neighbour: nobody could tell which side it belongs to. A dataset of corpora.py has a split
+    of its own, or groups of clips (of one speaker, say) that stay on one side.
     """
+    corpus = CORPORA.get(dataset)
+    if corpus and corpus.val:
+        return [name.startswith(f"{corpus.val}/") for name in names]
     tops = [name.split("/")[0] for name in names]
-    if {"train", "val"} <= set(tops):
+    if {"train", "val"} <= set(tops) and not corpus:
         if others := set(tops) - {"train", "val"}:
             raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
         return [top == "val" for top in tops]
-    hashes = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names]
+    groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
+    hashes = [int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32 for group in groups]
     threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))
     return [h < threshold for h in hashes]
 
@@ -138,107 +186,154 @@ def split_clips(names):
 def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead=0):
     """Encode a dataset with a codec, unless that is done already, and open it.
 
-    dataset: `speech`, `music` or a folder, searched recursively. mel_codebooks, lookahead: as in `encode_file`.
-    Returns a `Dataset`. The cache lies in `cache/`, under a key made of everything that its content depends on: files
-    (path, size, time), codec and its checksum, mel settings. Files that cannot be used are skipped and named in one
-    line.
-    Raises DataError if there is no such dataset, nothing in it can be used, or the mel cannot be had.
+    dataset: `speech`, `music`, a name of corpora.py or a folder, searched recursively. mel_codebooks, lookahead: as in
+    `encode_files`. Returns a `Dataset`. The cache lies in `cache/`, under a key made of everything that its content
+    depends on: files (path, size, time), codec and its checksum, mel settings. Files that cannot be used are skipped
+    and named in one line.
+    Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be had or the disk is full.
     """
     if not 0 <= mel_codebooks <= codec.n_codebooks:
         raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
                         f"{mel_codebooks} decode to")
     if not 0 <= lookahead <= N_FFT - HOP:
         raise DataError(f"a lookahead of {lookahead} samples: it must lie between 0 and {N_FFT - HOP}")
-    folder, paths = find_audio(dataset, cache)
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    split_clips(names)                                        # an unclear split is found now, not after encoding
-    files = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in zip(names, paths)]
+    folder, names = find_audio(dataset, cache)
+    split_clips(names, dataset)                               # an unclear split is found now, not after encoding
+    sizes = [(folder / name).stat() for name in names]
+    files = [(name, size.st_size, size.st_mtime_ns) for name, size in zip(names, sizes)]
     made_with = {"format": 2, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mel_floor": FLOOR,
                  "mel_codebooks": mel_codebooks, "lookahead": lookahead}
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
-    name = dataset if dataset in BUNDLED else folder.resolve().name
+    name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
     home = Path(cache) / f"{name}-{Path(codec.name).name}-{key}"
     if not (home / "meta.json").is_file():
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=cache))
-        try:                                                  # only a finished cache ever gets the name
-            _encode_dataset(unfinished, name, paths, names, codec, made_with, quiet)
+        with alone(Path(cache)), disk_full(cache):
             if not (home / "meta.json").is_file():            # or has another process been faster?
+                unfinished = home.with_name(f".{home.name}")
+                (unfinished / "clips").mkdir(parents=True, exist_ok=True)
+                problems = _encode(unfinished / "clips", folder, files, codec, made_with,
+                                   f"preparing {name} with {codec.name}", quiet)
+                try:
+                    _join(unfinished, dataset, name, names, made_with, problems)
+                except DataError:
+                    shutil.rmtree(unfinished)                 # nothing in it is of use
+                    raise
                 shutil.rmtree(home, ignore_errors=True)
-                os.rename(unfinished, home)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+                os.replace(unfinished, home)                  # only a finished cache ever gets the name
+    shutil.rmtree(home / "clips", ignore_errors=True)
     return Dataset(home)
 
 
-def _encode_dataset(home, name, paths, names, codec, made_with, quiet):
-    """Fill the folder `home` with codes.npy, mel.npy, clips.npy, mel_statistics.npz and meta.json."""
-    clips, usable, skipped, row = [], [], [], 0
-    total = sum(path.stat().st_size for path in paths)
-    with open(home / "codes.npy", "wb+") as codes_file, open(home / "mel.npy", "wb+") as mel_file, \
-            tqdm(total=total, unit="B", unit_scale=True, desc=f"preparing {name} with {codec.name}",
-                 disable=quiet) as bar:
-        arrays = (codes_file, np.uint16, codec.n_codebooks), (mel_file, np.float16, N_MELS)
-        for file, dtype, width in arrays:
-            _write_npy_header(file, dtype, (0, width))
-        for path, clip_name in zip(paths, names):
-            before = [codes_file.tell(), mel_file.tell()]
-            start, problem = row, None
-            try:
-                for codes, mel in encode_file(path, codec, made_with["mel_codebooks"], made_with["lookahead"]):
-                    codes_file.write(codes.tobytes())
-                    mel_file.write(mel.tobytes())
-                    row += len(codes)
-                if row == start:
-                    problem = f"shorter than one frame of {HOP} samples"
-            except DataError as error:
-                problem = str(error).removeprefix(f"{path}: ")
-            if problem:                                       # take back what was written of this file
-                for (file, _, _), position in zip(arrays, before):
-                    file.seek(position)
-                    file.truncate()
-                row = start
-                skipped.append(f"{clip_name}: {problem}")
-            else:
-                clips.append((start, row))
-                usable.append(clip_name)
-            bar.update(path.stat().st_size)
-        for file, dtype, width in arrays:
-            file.seek(0)
-            _write_npy_header(file, dtype, (row, width))
-    if skipped:
-        print(f"skipped {len(skipped)} of {len(paths)} files: {'; '.join(skipped)}", file=sys.stderr)
-    if not clips:
-        raise DataError(f"nothing usable in dataset '{name}': all {len(paths)} files were skipped")
-    if len(clips) == 1:
-        if row < 10:
-            raise DataError(f"dataset '{name}' holds {row} frames in one file: too few to train and to validate on")
-        print(f"warning: {usable[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
-        cut = row - max(1, row // 10)
-        clips, usable, is_val = [(0, cut), (cut, row)], usable * 2, [False, True]
-    else:
-        is_val = split_clips(usable)
+class _Encoding(torch.utils.data.IterableDataset):
+    """Batches of files to encode, shared out among a DataLoader's processes: yields (clip, rows or problem, end?)."""
 
-    clips, is_val = np.array(clips, dtype=np.int64), np.array(is_val)
-    np.save(home / "clips.npy", clips)
-    mel = np.load(home / "mel.npy", mmap_mode="r")
+    def __init__(self, batches, folder, files, codec, made_with):
+        self.batches, self.folder, self.files = batches, folder, files
+        self.codec, self.made_with = codec, made_with
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        for batch in self.batches[worker.id::worker.num_workers] if worker else self.batches:
+            for i, codes, mel in encode_files([self.folder / self.files[clip][0] for clip in batch], self.codec,
+                                              self.made_with["mel_codebooks"], self.made_with["lookahead"]):
+                if mel is None:
+                    yield batch[i], codes, True
+                elif len(mel):
+                    rows = np.empty(len(mel), _row(self.made_with))
+                    rows["codes"], rows["mel"] = codes, mel
+                    yield batch[i], rows.tobytes(), False
+
+
+def _row(made_with):
+    """One frame as it lies in an unfinished cache."""
+    return np.dtype([("codes", np.uint16, (made_with["n_codebooks"],)), ("mel", np.float16, (N_MELS,))])
+
+
+def _encode(home, folder, files, codec, made_with, title, quiet):
+    """Encode into `home` one file I.clip for each file I that has none there yet -> {I: why it cannot be used}."""
+    todo, seconds = [i for i in range(len(files)) if not (home / f"{i}.clip").exists()], {}
+    for i in todo:
+        try:
+            info = soundfile.info(folder / files[i][0])
+            seconds[i] = info.frames / info.samplerate
+        except (soundfile.SoundFileError, OSError, ZeroDivisionError):
+            seconds[i] = 0.0                                  # whatever it is, reading it will tell
+    todo.sort(key=seconds.get, reverse=True)                  # long ones first: in the end all processes have work
+    side_by_side, batches = 64 if codec.device.type == "cuda" else 8, []
+    while todo:
+        n = 1 if seconds[todo[0]] > LONG else side_by_side
+        batches.append(todo[:n])
+        todo = todo[n:]
+    n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if codec.device.type != "cpu" or sum(seconds.values()) < LONG:
+        n_workers = 0                                         # in this process
+    work = torch.utils.data.DataLoader(_Encoding(batches, folder, files, codec, made_with), batch_size=None,
+                                       num_workers=min(n_workers, len(batches)))
+    total, left = sum(size for _, size, _ in files), sum(files[i][1] for batch in batches for i in batch)
+    problems, parts = {}, {}
+    with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, desc=title, disable=quiet) as bar:
+        for i, content, ended in work:
+            if i not in parts:
+                parts[i] = open(home / f"{i}.part", "wb")
+            if not ended:
+                parts[i].write(content)
+                continue
+            parts.pop(i).close()
+            if content:
+                problems[i] = content
+                (home / f"{i}.part").unlink()
+            else:
+                os.replace(home / f"{i}.part", home / f"{i}.clip")
+            bar.update(files[i][1])
+    if problems:
+        print(f"skipped {len(problems)} of {len(files)} files: "
+              + "; ".join(f"{files[i][0]}: {problem}" for i, problem in sorted(problems.items())), file=sys.stderr)
+    return problems
+
+
+def _join(home, dataset, name, names, made_with, problems):
+    """The encoded clips one after the other: codes.npy, mel.npy, clips.npy, mel_statistics.npz and meta.json."""
+    usable = [i for i in range(len(names)) if i not in problems]
+    if not usable:
+        raise DataError(f"nothing usable in dataset '{name}': all {len(names)} files were skipped")
+    paths, row = [home / "clips" / f"{i}.clip" for i in usable], _row(made_with)
+    lengths = [path.stat().st_size // row.itemsize for path in paths]
+    ends, n_frames = np.cumsum(lengths), sum(lengths)
+    clips, used, is_val = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable], []
+    if len(clips) == 1:
+        if n_frames < 10:
+            raise DataError(f"dataset '{name}' holds {n_frames} frames in one file: too few to train and to validate on")
+        print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
+        cut = n_frames - max(1, n_frames // 10)
+        clips, used, is_val, lengths = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True], [cut]
+    else:
+        is_val = split_clips(used, dataset)
+        lengths = [length * (not val) for length, val in zip(lengths, is_val)]            # what trains of each file
+    if all(is_val) or not any(is_val):
+        raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
     n, total, products = 0, np.zeros(N_MELS), np.zeros((N_MELS, N_MELS))
-    for start, end in clips[~is_val]:                         # one clip in memory at a time
-        part = mel[start:end].astype(np.float64)
-        n, total, products = n + len(part), total + part.sum(0), products + part.T @ part
+    with open(home / "codes.npy", "wb") as codes, open(home / "mel.npy", "wb") as mels:
+        for file, field in (codes, "codes"), (mels, "mel"):
+            dtype, width = row[field].subdtype
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": dtype.str, "fortran_order": False, "shape": (n_frames, *width)})
+        for path, left in zip(paths, lengths):
+            with open(path, "rb") as file:
+                while len(rows := np.fromfile(file, row, 100_000)):                       # bounded memory
+                    codes.write(rows["codes"].tobytes())
+                    mels.write(rows["mel"].tobytes())
+                    part = rows["mel"][:left].astype(np.float64)
+                    n, left = n + len(part), left - len(part)
+                    total, products = total + part.sum(0), products + part.T @ part
     mean = total / n
     covariance = products / n - np.outer(mean, mean) + 1e-4 * np.eye(N_MELS)      # silence alone has no variance
     np.savez(home / "mel_statistics.npz", mean=mean, covariance=covariance)
-    meta = {"dataset": name, **made_with, "n_frames": row, "train_frames": n, "val_frames": row - n,
-            "skipped": skipped, "clips": [{"name": c, "val": bool(v)} for c, v in zip(usable, is_val)]}
+    np.save(home / "clips.npy", clips.astype(np.int64))
+    meta = {"dataset": name, **made_with, "n_frames": n_frames, "train_frames": n, "val_frames": n_frames - n,
+            "skipped": [f"{names[i]}: {problem}" for i, problem in sorted(problems.items())],
+            "clips": [{"name": c, "val": bool(v)} for c, v in zip(used, is_val)]}
     (home / "meta.json").write_text(json.dumps(meta, indent=1))
-
-
-def _write_npy_header(file, dtype, shape):
-    """The header of a .npy file. numpy pads it so that a longer first axis fits later: it can be written twice."""
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
 
 
 # ----------------------------------------------------------------------------- batches

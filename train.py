@@ -15,6 +15,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from corpora import CORPORA, DISK_FULL
 from data import IGNORE, DataError, prepare
 from model import CODEBOOK_SIZE, DEPTH_EVERY, PRESETS, CheckpointError, HybridGPT, load_checkpoint, to_checkpoint
 from tokens import CodecError, load_codec
@@ -40,8 +42,10 @@ def parse_arguments():
     parser = argparse.ArgumentParser(allow_abbrev=False,
                                      description="Train a hybrid audio language model, or its token-only twin.")
     add = parser.add_argument_group("what to train on").add_argument
-    add("--dataset", default="speech", help="speech, music, or a folder of audio files (default: %(default)s)")
-    add("--codec", default="mini", help="mini, encodec, or a file of assets/train_codec.py (default: %(default)s)")
+    add("--dataset", default="speech", help=f"speech, music, {', '.join(CORPORA)} (fetched once), or a folder of audio "
+        "files (default: %(default)s)")
+    add("--codec", help="mini, encodec, or a file of assets/train_codec.py (default: encodec for what is fetched, "
+        "otherwise mini)")
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
     add("--mel-codebooks", type=int, metavar="K", help="show the mel of what the first K codebooks decode to, as in "
         "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
@@ -128,12 +132,16 @@ def choose_device(name):
 
 def save(path, content):
     """Write beside `path`, then rename: whatever happens, `path` is a whole checkpoint, the old or the new."""
-    beside = f"{path}.tmp"
-    with open(beside, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside, buffer = Path(f"{path}.tmp"), io.BytesIO()
+    torch.save(content, buffer)      # first into memory: torch would hide why a write failed
+    try:
+        with open(beside, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -212,6 +220,7 @@ def main():
             if path.exists() and path.stat().st_size and not args.overwrite:
                 sys.exit(f"error: {path} exists: choose another --out, continue it with --resume, or discard it "
                          "with --overwrite")
+        args.codec = args.codec or ("encodec" if args.dataset in CORPORA else "mini")
         args.model = args.model or ("hybrid" if device.type == "cuda" else "nano")
         args.lr = args.lr or (1.2e-2 if args.model.startswith("nano") else 1e-3)
         args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
@@ -312,6 +321,7 @@ def main():
 
     # --- the loop
     start, tokens_logged, time_logged = time.time() - seconds, tokens_seen, time.time()
+    lr, norm = 0.0, torch.zeros(())
     while True:
         seconds = time.time() - start
         stop = max(stopped_by, default=0)
@@ -319,6 +329,9 @@ def main():
             stop = torch.tensor(stop, device=device)
             dist.all_reduce(stop, dist.ReduceOp.MAX)
             stop = stop.item()
+        if (step % 20 == 0 or step % args.eval_every == 0 or step == args.steps or stop) and not norm.isfinite():
+            sys.exit(f"error: the loss or its gradient is no longer finite at step {step}, learning rate {lr:.2e}; the "
+                     f"last good checkpoint is {last}; try a lower --lr")
         if (step % args.eval_every == 0 or step == args.steps) and RANK == 0:
             figures, *_ = evaluate(model, data, args.batch_size, autocast)        # not `forward`: nothing to compile
             report({"step": step, **figures, "unigram_nll": unigram, "n_params": n_params,
@@ -356,7 +369,7 @@ def main():
             loss = losses[0] * share[0] + (losses[1:].mean() * share[1] if len(losses) > 1 else 0)
             (loss * WORLD).backward()                         # the processes' gradients will be averaged
             loss_sum += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -366,9 +379,6 @@ def main():
             if WORLD > 1:
                 dist.all_reduce(loss_sum)
             loss_value = loss_sum.item()                      # a CPU-GPU sync point, hence not every step
-            if not math.isfinite(loss_value):
-                sys.exit(f"error: the loss is {loss_value} at step {step}, learning rate {lr:.2e}; the last good "
-                         f"checkpoint is {last}; try a lower --lr")
             rate = (tokens_seen - tokens_logged) / (time.time() - time_logged)
             time_logged, tokens_logged = time.time(), tokens_seen
             report({"step": step, "loss": loss_value, "lr": lr, "tokens_per_second": round(rate)})
@@ -385,5 +395,10 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        sys.exit("error: no space left for the files of --out; those written before are whole: make room, then continue "
+                 "with --resume")
     except KeyboardInterrupt:                                 # before the first step; later the loop sees to it
         sys.exit(130)

@@ -1,4 +1,5 @@
-"""conftest.py: what all tests share. `python -m pytest` from the repository root runs them all."""
+"""conftest.py: what all tests share. `python -m pytest` from the repository root runs them all but those marked slow,
+which `python -m pytest --slow` runs, too."""
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,21 @@ import torch                                                       # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tokens                                                      # noqa: E402  (needs the path above)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run tests marked slow, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; runs with --slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=skip)
+        items[:] = [item for item in items if item not in skip]
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@ python -m pytest tests/test_data.py
 
 Preparing a dataset, splitting it, and cutting batches from it.
 """
+import errno
 import json
 import math
 import os
@@ -61,6 +62,11 @@ def mixed(tmp_path_factory):
     lengths = [100, 7, 32, 33, 300, 5, 150, 64]
     return numbered(tmp_path_factory.mktemp("numbered") / "mixed", lengths,
                     [False, False, False, False, False, True, True, True])
+
+
+def caches(folder):
+    """The finished caches in a cache folder."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def clip_of(dataset, row):
@@ -224,7 +230,7 @@ def test_a_folder_with_nothing_usable_is_an_error(tmp_path, tiny_codec):
     (tmp_path / "in" / "text.wav").write_text("this is not audio")
     with pytest.raises(DataError, match="nothing usable"):
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_an_empty_folder_is_an_error(tmp_path, tiny_codec):
@@ -280,10 +286,11 @@ def test_touching_or_adding_a_file_or_another_codec_makes_another_cache(tmp_path
     soundfile.write(folder / "z.wav", noise(0.5), SAMPLE_RATE)
     keys.append(prepare(folder, tiny_codec, cache, quiet=True).key)
     assert len(set(keys)) == 4
-    assert sorted(p.name for p in cache.iterdir()) == sorted(keys)
+    assert caches(cache) == sorted(keys)
 
 
-def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_works(tmp_path, tiny_codec):
+def test_an_interrupted_preparation_goes_on_with_the_files_it_lacks(tmp_path, tiny_codec, monkeypatch):
+    monkeypatch.setattr(data, "LONG", 0)                      # each file is encoded by itself
     folder, cache, begun = clips(tmp_path / "in"), tmp_path / "cache", []
 
     def encoder():
@@ -291,11 +298,56 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_works(tmp_pa
         if len(begun) == 3:
             raise KeyboardInterrupt
         return tiny_codec.stream_encoder()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [])                # in this process
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, codec_whose_encoder(tiny_codec, encoder), cache, quiet=True)
-    assert list(cache.iterdir()) == []
-    dataset = prepare(folder, tiny_codec, cache, quiet=True)
-    assert len(dataset.meta["clips"]) == 4 and [p.name for p in cache.iterdir()] == [dataset.key]
+    assert caches(cache) == []
+    dataset = prepare(folder, codec_whose_encoder(tiny_codec, encoder), cache, quiet=True)
+    assert len(begun) == 2 + 1 + 2 and caches(cache) == [dataset.key]
+    assert len(list((cache / dataset.key).iterdir())) == 5
+    at_once = prepare(folder, tiny_codec, tmp_path / "other cache", quiet=True)
+    assert np.array_equal(dataset.codes, at_once.codes) and np.array_equal(dataset.mel, at_once.mel)
+
+
+def test_several_processes_encode_what_one_does(tmp_path, tiny_codec, monkeypatch):
+    folder = clips(tmp_path / "in", n=7, seconds=0.9)
+    (folder / "broken.wav").write_bytes(b"no audio")
+    one = prepare(folder, tiny_codec, tmp_path / "one", quiet=True)
+    monkeypatch.setattr(data, "LONG", 1.3)                    # two processes, longer files alone
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [0, 1])
+    two = prepare(folder, tiny_codec, tmp_path / "two", quiet=True)
+    assert one.meta == two.meta and len(one.meta["clips"]) == 7
+    assert (one.codes == two.codes).mean() > 0.999            # a rounding may tip a nearest neighbour
+    np.testing.assert_allclose(one.mel, two.mel, rtol=1e-3, atol=5e-3)
+
+
+def test_a_file_that_breaks_off_does_not_harm_those_beside_it(tmp_path, tiny_codec):
+    folder = clips(tmp_path / "in", n=3, seconds=11)
+    wave = noise(25)
+    wave[-5] = np.nan                                         # found when the others have long ended
+    soundfile.write(folder / "nan.wav", wave, SAMPLE_RATE, subtype="FLOAT")
+    dataset = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
+    assert dataset.meta["skipped"] == ["nan.wav: holds NaN or infinite samples"]
+    (folder / "nan.wav").unlink()
+    alone = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
+    assert (dataset.codes == alone.codes).mean() > 0.999 and dataset.codes.shape == alone.codes.shape
+
+
+def test_a_full_disk_is_one_clear_line_and_loses_no_finished_file(tmp_path, tiny_codec, monkeypatch):
+    folder, cache, written = clips(tmp_path / "in"), tmp_path / "cache", []
+    monkeypatch.setattr(data, "LONG", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [])
+
+    def full(source, target):
+        written.append(target)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(source, target)
+    rename = os.replace
+    with mock.patch.object(os, "replace", full), pytest.raises(DataError, match="no space left .*again"):
+        prepare(folder, tiny_codec, cache, quiet=True)
+    assert len(list(cache.rglob("*.clip"))) == 2
+    assert len(prepare(folder, tiny_codec, cache, quiet=True).meta["clips"]) == 4
 
 
 def test_a_cache_without_its_meta_file_counts_as_unfinished(tmp_path, tiny_codec):

@@ -4,16 +4,19 @@ python -m pytest tests/test_train.py
 The training script, run as a user runs it, on a few seconds of noise with a tiny codec.
 """
 import contextlib
+import errno
 import functools
 import io
 import json
 import math
 import os
+import random
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -335,6 +338,64 @@ def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path):
     with pytest.raises(Exception):
         train.save(tmp_path / "a.pt", {"x": 2, "y": lambda: "not to be pickled"})
     assert torch.load(tmp_path / "a.pt", weights_only=True) == {"x": 1}
+
+
+def without_times(path):
+    """A log's figures but for what no two runs share."""
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "tokens_per_second")}
+            for entry in log_of(path) if "args" not in entry]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(own_clips, tiny_codec_file, tmp_path, kills):
+    def start(out, *options):
+        return subprocess.Popen([sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file,
+                                 "--steps", "60", "--eval-every", "10", "--context", "32", "--batch-size", "2",
+                                 "--device", "cpu", "--model", "nano", "--out", out, *options], cwd=tmp_path,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    began = time.time()
+    assert start("calm.pt").wait() == 0
+    duration, rng = time.time() - began, random.Random(0)
+    for path in data.CACHE.glob(f"{own_clips.name}-*"):       # preparation may be killed, too
+        shutil.rmtree(path)
+    for _ in range(kills):
+        process = start("out.pt", "--resume" if (tmp_path / "out.last.pt").exists() else "--overwrite")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.3, 1) * duration)
+        process.kill()
+        process.wait()
+        for path in tmp_path.glob("out*.pt"):                 # whatever is there, is whole
+            load_checkpoint(path)
+    process = start("out.pt", "--resume" if (tmp_path / "out.last.pt").exists() else "--overwrite")
+    assert process.communicate() and process.returncode == 0
+    assert without_times(tmp_path / "out.jsonl") == without_times(tmp_path / "calm.jsonl")
+    calm, killed = (load_checkpoint(tmp_path / f"{name}.last.pt")[0].state_dict() for name in ("calm", "out"))
+    assert all(torch.equal(calm[name], killed[name]) for name in calm)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(run, tmp_path, trained):
+    synced, fsync = [], os.fsync
+
+    def full(file):
+        synced.append(file)
+        if len(synced) == 4:                                  # the whole state, after two steps
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+    with mock.patch.object(os, "fsync", full):
+        assert_refused(run(tmp_path), "no space left", "--resume")
+    assert load_checkpoint(tmp_path / "out.last.pt")[1]["step"] == 0 and load_checkpoint(tmp_path / "out.pt")
+    assert not list(tmp_path.glob("*.tmp"))
+    assert run(tmp_path, "--resume", small=False).code == 0
+    assert [e["val_nll"] for e in evaluations(tmp_path / "out.jsonl")] == \
+        [e["val_nll"] for e in evaluations(trained / "out.jsonl")]
+
+
+def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(run, tmp_path):
+    result = run(tmp_path, "--lr", "1e30", "--steps", 20, "--eval-every", 1)
+    assert_refused(result, "no longer finite at step", "learning rate", "out.last.pt")
+    model, checkpoint = load_checkpoint(tmp_path / "out.last.pt")
+    assert f"at step {checkpoint['step'] + 1}," in result.err
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 # ----------------------------------------------------------------------------- files that are there already

@@ -1,0 +1,235 @@
+"""
+corpora.py: published corpora, from their official addresses to a folder of audio.
+
+    address ──download, resumed──▶ archive.part ──checksum──▶ archive ──unpack──▶ corpora/LibriSpeech/dev-clean/…
+
+    >>> folder, corpus = fetch("librispeech-mini")            # once: afterwards the folder is only named
+
+    name               what                                                                      download    licence
+    librispeech        100.6 h of read English, 251 speakers; 5.4 h of 40 others validate          6.7 GB    CC BY 4.0
+    librispeech-mini   those 5.4 h alone, about one speaker in ten validates                       0.3 GB    CC BY 4.0
+    fma                66 h of music, 8,000 tracks of 30 s in eight genres, by their artists       7.7 GB    CC, each its own
+
+LibriSpeech (Panayotov et al., ICASSP 2015) is the paper's. FMA small (Defferrard et al., 1612.01840) is the music corpus
+because it is real recordings of many styles, published as one archive with a checksum, under licences that allow
+research; MusicNet and MAESTRO are of one instrument family each, and GTZAN has no licence at all.
+
+An archive is taken for what it is called only if its checksum is the one its publishers print. Nothing in it can write
+outside its folder. A copy that you have already can stand in: corpora/LibriSpeech may be a link to it.
+"""
+import contextlib
+import errno
+import hashlib
+import http.client
+import os
+import shutil
+import stat
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+HOME = Path(__file__).parent / "corpora"
+TIMEOUT = 60                         # seconds without a byte after which a connection counts as dead
+ATTEMPTS = 6                         # connections in a row that bring nothing before we give up
+BLOCK = 1 << 20                      # bytes read at a time
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DataError(RuntimeError):
+    """Audio or a dataset that cannot be used; the message is one line for a person."""
+
+
+class Archive(NamedTuple):
+    url: str
+    checksum: str                    # algorithm:hexadecimal digest, as its publishers print it
+    folder: str                      # the folder inside it that we want; everything else stays unpacked
+
+
+class Corpus(NamedTuple):
+    archives: tuple
+    val: str | None = None           # the folder that validates, or None: about a tenth of the groups do
+    group: int = 2                   # a clip's group: so many leading parts of its path. Groups are never divided
+
+
+SLR12 = "https://www.openslr.org/resources/12"                # checksums: md5sum.txt there
+TRAIN_CLEAN_100 = Archive(f"{SLR12}/train-clean-100.tar.gz", "md5:2a93770f6d5c6c964bc36631d331a522",
+                          "LibriSpeech/train-clean-100")
+DEV_CLEAN = Archive(f"{SLR12}/dev-clean.tar.gz", "md5:42e2234ba48799c1f50f24a7926300a1", "LibriSpeech/dev-clean")
+FMA_SMALL = Archive("https://os.unil.cloud.switch.ch/fma/fma_small.zip",              # checksum: github.com/mdeff/fma
+                    "sha1:ade154f733639d52e35e32f5593efe5be76c6d70", "fma_small")
+
+CORPORA = {                          # LibriSpeech/dev-clean/84/…: a group is a speaker
+    "librispeech": Corpus((TRAIN_CLEAN_100, DEV_CLEAN), val="LibriSpeech/dev-clean", group=3),
+    "librispeech-mini": Corpus((DEV_CLEAN,), group=3),
+    "fma": Corpus((FMA_SMALL,)),     # fma_small/000/…: a thousand tracks in the order they were uploaded, so that
+}                                    # nearly all albums stay whole
+
+
+# ----------------------------------------------------------------------------- one process at a time
+
+@contextlib.contextmanager
+def alone(folder):
+    """Wait until no other process is inside `alone(folder)`. The operating system frees it when a process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        with contextlib.suppress(ImportError):                # Windows has no fcntl: there, start one at a time
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ----------------------------------------------------------------------------- from the net
+
+def fetch(name, home=None):
+    """A corpus by name -> (folder, `Corpus`): its archives' folders lie below `folder`, fetched if they do not yet.
+
+    Raises DataError, in one line, if they cannot be had. What has arrived is kept, and the next call goes on from it.
+    """
+    corpus, home = CORPORA[name], Path(home or HOME)
+    if not all((home / archive.folder).is_dir() for archive in corpus.archives):
+        with alone(home), disk_full(home):
+            for archive in corpus.archives:
+                if not (home / archive.folder).is_dir():
+                    path = download(archive, home)
+                    unpack(path, archive, home)
+                    path.unlink()
+    return home, corpus
+
+
+@contextlib.contextmanager
+def disk_full(folder):
+    """Turn a full disk into a DataError that says where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise DataError(f"no space left in {folder}: make room there and run the same command again; it goes on from "
+                        "where it stopped") from error
+
+
+def download(archive, home):
+    """Fetch an `Archive` into the folder `home` -> its path, its checksum verified. Goes on where an earlier call ended.
+
+    A connection that stalls, breaks off or meets a busy server is made anew, from the byte that is missing.
+    """
+    path = home / archive.url.rsplit("/", 1)[1]
+    part, idle = path.with_name(path.name + ".part"), 0
+    if path.exists():                                         # verified by an earlier call that ended while unpacking
+        return path
+    with tqdm(desc=f"downloading {path.name}", unit="B", unit_scale=True, unit_divisor=1000) as bar:
+        while idle < ATTEMPTS:
+            have, problem = part.stat().st_size if part.exists() else 0, None
+            try:
+                done = _receive(archive.url, part, have, bar)
+            except urllib.error.HTTPError as error:
+                if error.code < 500 and error.code not in (408, 429):
+                    raise DataError(f"{archive.url}: the server answers {error.code} {error.reason}; if the file has "
+                                    f"moved, put it into {home} yourself") from error
+                done, problem = False, f"{error.code} {error.reason}"
+            except (OSError, http.client.HTTPException) as error:
+                if getattr(error, "errno", None) in DISK_FULL:
+                    raise                                     # a disk is not a network
+                done, problem = False, str(getattr(error, "reason", error))
+            if done:
+                algorithm, digest = archive.checksum.split(":")
+                if _digest(part, algorithm) == digest:
+                    os.replace(part, path)
+                    return path
+                part.unlink()                                 # these bytes are good for nothing
+                raise DataError(f"{archive.url}: what arrived is not what its publishers describe (its "
+                                f"{algorithm.upper()} is not {digest}); it was deleted: run the command again")
+            idle = 0 if part.exists() and part.stat().st_size > have else idle + 1
+            if problem or idle:
+                time.sleep(min(2 ** idle / 2, TIMEOUT))
+    raise DataError(f"{archive.url}: {ATTEMPTS} attempts in a row brought nothing ({problem or 'no bytes'}); "
+                    + (f"{have:,} bytes are kept: " if have else "") + "run the command again to go on")
+
+
+def _receive(url, part, have, bar):
+    """One connection: append to the file `part`, which holds `have` bytes, what it lacks. Is it whole now?"""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        reply = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        return True                                           # nothing beyond `have`: the checksum will tell
+    with reply:
+        if have and reply.status != 206:                      # it knows no ranges, and begins again
+            have = 0
+        length = reply.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        if total and shutil.disk_usage(part.parent).free < 2 * total - have:              # packed and unpacked
+            raise OSError(errno.ENOSPC, "no space left")
+        bar.total, bar.n = total, have
+        with open(part, "r+b" if have else "wb") as file:
+            file.seek(have)
+            while block := reply.read1(BLOCK):          # what is there, without waiting for more
+                file.write(block)
+                have += len(block)
+                bar.update(len(block))
+            file.truncate()
+    return total is None or have >= total
+
+
+def _digest(path, algorithm):
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------- out of the archive
+
+def unpack(path, archive, home):
+    """Unpack the folder `archive.folder` of a tar or zip file into the folder `home`: all of it, or nothing.
+
+    Raises DataError for a damaged archive and for a member that is a link, a device or leads out of the archive.
+    """
+    staging = home / f".{path.name}.unpacking"
+    shutil.rmtree(staging, ignore_errors=True)                # of a call that was interrupted
+    wanted = PurePosixPath(archive.folder)
+    try:
+        with tqdm(desc=f"unpacking {path.name}", unit=" files") as bar:
+            for name, is_file, content in _members(path):
+                name = PurePosixPath(name)
+                if name.is_absolute() or ".." in name.parts or not is_file:
+                    raise DataError(f"{path} holds {name}, a link or a path that leads out of it: not unpacked")
+                if name.is_relative_to(wanted):
+                    target = staging / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with open(target, "wb") as file, content() as source:
+                        shutil.copyfileobj(source, file, BLOCK)
+                    bar.update()
+        if not (staging / wanted).is_dir():
+            raise DataError(f"{path} holds no {wanted}")
+        (home / wanted).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / wanted, home / wanted)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")
+        raise DataError(f"{path} is damaged ({reason}): delete it and run the command again") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _members(path):
+    """Yield (name, is it a plain file?, function that opens it) for all of an archive but its folders."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as file:
+            for entry in file.infolist():
+                kind = stat.S_IFMT(entry.external_attr >> 16)                     # 0 where it was made without
+                if not entry.is_dir():
+                    yield entry.filename, kind in (0, stat.S_IFREG), lambda: file.open(entry)
+    else:
+        with tarfile.open(path, "r:*") as file:
+            for entry in file:
+                if not entry.isdir():
+                    yield entry.name, entry.isfile(), lambda: file.extractfile(entry)

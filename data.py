@@ -348,23 +348,29 @@ class Dataset:
     """
 
     def __init__(self, home):
+        self.home, self.key = home, home.name
         try:
-            self.meta, self.key = json.loads((home / "meta.json").read_text()), home.name
-            self.codes = np.load(home / "codes.npy", mmap_mode="r")
-            self.mel = np.load(home / "mel.npy", mmap_mode="r")
+            self.meta = json.loads((home / "meta.json").read_text())
             clips, statistics = np.load(home / "clips.npy"), np.load(home / "mel_statistics.npz")
             self.mel_statistics = statistics["mean"], statistics["covariance"]
             is_val = np.array([clip["val"] for clip in self.meta["clips"]])
             self.train, self.val = clips[~is_val], clips[is_val]
-            if not (self.codes.dtype == np.uint16 and self.mel.dtype == np.float16 and clips.dtype == np.int64
-                    and len(self.codes) == len(self.mel) and self.mel.shape[1] == N_MELS
-                    and 0 <= clips.min() <= clips.max() <= len(self.codes) and (clips[:, 0] < clips[:, 1]).all()
-                    and len(self.train) and len(self.val) and self.codes.max() < CODEBOOK_SIZE):
+            codes, mel = self.codes, self.mel
+            if not (codes.dtype == np.uint16 and mel.dtype == np.float16 and clips.dtype == np.int64
+                    and len(codes) == len(mel) and mel.shape[1] == N_MELS
+                    and 0 <= clips.min() <= clips.max() <= len(codes) and (clips[:, 0] < clips[:, 1]).all()
+                    and len(self.train) and len(self.val)):
                 raise ValueError("its parts do not fit together")
         except Exception as error:                            # damaged arrays make numpy raise almost anything
-            raise DataError(f"the cache {home} is damaged ({type(error).__name__}): delete that folder, and it will be "
-                            "made anew") from error
+            raise self.damaged(type(error).__name__) from error
         self.train_ends = np.diff(self.train, axis=1)[:, 0].cumsum()      # frames up to and with each clip
+
+    # mapped anew for every batch, as nanoGPT does: pages that were read would otherwise pile up in this process
+    codes = property(lambda self: np.load(self.home / "codes.npy", mmap_mode="r"))
+    mel = property(lambda self: np.load(self.home / "mel.npy", mmap_mode="r"))
+
+    def damaged(self, how):
+        return DataError(f"the cache {self.home} is damaged ({how}): delete that folder, and it will be made anew")
 
     def batch(self, seed, step, batch_size, context):
         """A training batch, a pure function of its arguments: codes (B, K, T), mel (B, T, 80), targets (B, K, T).
@@ -402,24 +408,32 @@ class Dataset:
         Position p of a row predicts frame offset + p of the clip and is shown frame offset + p - 1; before the
         clip's first frame it is shown START.
         """
-        B = len(windows)
-        codes = torch.zeros(B, self.codes.shape[1], context, dtype=torch.long)
-        mel = torch.zeros(B, context, self.mel.shape[1])
-        targets = torch.full((B, self.codes.shape[1], context), IGNORE)
+        B, all_codes, all_mel = len(windows), self.codes, self.mel
+        codes = torch.zeros(B, all_codes.shape[1], context, dtype=torch.long)
+        mel = torch.zeros(B, context, all_mel.shape[1])
+        targets = torch.full((B, all_codes.shape[1], context), IGNORE)
         for row, (start, end, offset, score_from) in enumerate(windows):
             first, n = start + offset, min(context, end - start - offset)
             at_start = int(offset == 0)                       # the clip's first input is START, not a frame
             shown = slice(first - 1 + at_start, first - 1 + n)
             codes[row, 0, 0] = START
-            codes[row, :, at_start:n] = torch.from_numpy(self.codes[shown].T.astype(np.int64))
-            mel[row, at_start:n] = torch.from_numpy(self.mel[shown].astype(np.float32))
-            targets[row, :, :n] = torch.from_numpy(self.codes[first:first + n].T.astype(np.int64))
+            codes[row, :, at_start:n] = torch.from_numpy(all_codes[shown].T.astype(np.int64))
+            mel[row, at_start:n] = torch.from_numpy(all_mel[shown].astype(np.float32))
+            targets[row, :, :n] = torch.from_numpy(all_codes[first:first + n].T.astype(np.int64))
             targets[row, :, :score_from] = IGNORE
+        if targets.max() >= CODEBOOK_SIZE:
+            raise self.damaged("codes that do not exist")
         return codes, mel, targets
 
     def unigram_nll(self):
         """Cross-entropy (nats) of the validation targets under add-one counts of the training targets."""
-        train, val = (np.bincount(np.concatenate([self.codes[a:b, 0] for a, b in clips]), minlength=CODEBOOK_SIZE)
-                      for clips in (self.train, self.val))
+        def count(clips):
+            counts = np.zeros(CODEBOOK_SIZE)
+            for part in np.array_split(clips, len(clips) // 1000 + 1):
+                codes = self.codes
+                for start, end in part:
+                    counts += np.bincount(codes[start:end, 0], minlength=CODEBOOK_SIZE)[:CODEBOOK_SIZE]
+            return counts
+        train, val = count(self.train), count(self.val)
         log_p = np.log((train + 1) / (train.sum() + CODEBOOK_SIZE))
         return float(-(val * log_p).sum() / val.sum())

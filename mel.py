@@ -100,8 +100,12 @@ def mel_power(frames, n_mels=N_MELS):
     if frames.numel() == 0:                    # some FFT libraries refuse an empty batch
         return frames.new_zeros(*frames.shape[:-1], n_mels)
     window, filterbank = _constants(frames.shape[-1], n_mels, frames.device)
-    spectrum = torch.fft.rfft(frames * window)                                            # (..., T, n_fft // 2 + 1)
-    return (spectrum.real.square() + spectrum.imag.square()) @ filterbank
+    at_once = 256 if frames.device.type == "cpu" else frames.shape[-2]        # what fits into a processor's cache
+    power = []
+    for some in frames.split(at_once, dim=-2):
+        spectrum = torch.fft.rfft(some * window)                              # (..., t, n_fft // 2 + 1)
+        power.append((spectrum.real.square() + spectrum.imag.square()) @ filterbank)
+    return torch.cat(power, dim=-2)
 
 
 def log_mel(wave, lookahead=0):

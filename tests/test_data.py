@@ -256,10 +256,13 @@ def test_a_folder_that_holds_the_cache_is_refused(tiny_codec):
 def test_a_cache_with_codes_that_do_not_exist_is_refused(tmp_path, tiny_codec):
     dataset = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True)
     codes = np.load(tmp_path / "cache" / dataset.key / "codes.npy")
-    codes[3, 0] = 1024
+    codes[3::50, 0] = 1024                                   # in every clip
     np.save(tmp_path / "cache" / dataset.key / "codes.npy", codes)
     with pytest.raises(DataError, match=f"{dataset.key} is damaged.*delete"):
-        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+        for _ in prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True).validation(32, 8):
+            pass
+    with pytest.raises(DataError, match=f"{dataset.key} is damaged.*delete"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True).gather([(0, 10, 0, 0)], 32)
 
 
 def test_a_second_preparation_encodes_nothing(tmp_path, tiny_codec):

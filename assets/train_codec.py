@@ -1,15 +1,15 @@
 """
 train_codec.py: trains `mini`, the codec that ships with the project.
 
-    python assets/train_codec.py --data assets/speech assets/music FOLDER --minutes 60
-    python assets/train_codec.py --data ... --minutes 60 --resume          # after an interruption
+    python assets/train_codec.py --data assets/speech assets/music FOLDER --steps 16000
+    python assets/train_codec.py --data ... --steps 16000 --resume       # after an interruption
     (to ship it: move out-codec.pt to assets/mini.pt, and the printed SHA-256 into tokens.py, MINI_SHA256)
 
 An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Starting all of it at
 once, from random weights, ends with a codec of one codebook that says little; so one thing after the other:
 
-  1. the encoder alone learns to write the spectral envelope, see `Envelope`, into the last eighth of its latents. The
-     other seven pass the waveform on, see `initialise`;
+  1. the encoder alone learns to write the spectral envelope, see `Envelope`, into an eighth of its latents. The others
+     pass the waveform on, see `initialise`, but for the last four, see `count_aloud`;
   2. both halves learn to give the sound back from unquantised latents, a fifth of the clips from the envelope alone,
      with as much noise on it as one codebook will make;
   3. each codebook is fitted by k-means to what the codebooks before it left over: the first to the envelope and
@@ -20,9 +20,10 @@ once, from random weights, ends with a codec of one codebook that says little; s
 With --adversarial EnCodec's multi-scale STFT discriminator listens too, from that part of the time on.
 
 The losses are EnCodec's (arXiv 2210.13438, section 3.4): distance between log-mel spectrograms at four window lengths
-(L1 + L2), the waveform's L1, and the discriminator's verdict and features; a balancer gives each its share of the
-gradient. Everything runs on one CPU or GPU; a clock, not a step count, sets the schedule. Held-out clips (those that
-train.py would validate on, see `data.split_clips`) are measured every few minutes.
+(L1 + L2), the waveform's L1, and the discriminator's verdict and features; with few codebooks the correlation by which
+STOI measures intelligibility, too. A balancer gives each its share of the gradient. Everything runs on one CPU or GPU;
+16,000 steps take about two hours on two CPU cores. Held-out clips (those that train.py would validate on, see
+`data.split_clips`) are measured every few minutes.
 """
 import argparse
 import copy
@@ -47,7 +48,7 @@ from encodec.modules import SConv1d, SConvTranspose1d, SLSTM          # after to
 from encodec.modules.seanet import SEANetResnetBlock
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
-WEIGHTS = {"mel": 1.0, "wave": 0.1, "adversarial": 1.0, "features": 1.0,      # shares of the gradient, see `balance`
+WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,      # shares of the gradient, see `balance`
            "decoder": 1.0, "envelope": 1.0, "waveform": 1.0, "commitment": 0.3}
 COUNTS = torch.tensor([1, 2, 4, 8])                           # codebooks a clip of the batch may be decoded from
 OFTEN = (0.2, 0.3, 0.2, 0.3)                                  # and how often each
@@ -55,6 +56,8 @@ PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # each until which
           (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # rates of encoder and decoder
 WHITEN = 0.6                                                  # how much of the last frame `Envelope` takes off
 NOISE = 0.09                                                  # per latent, about what one codebook leaves over
+SAVE_EVERY = 120                                              # seconds
+ALOUD = 4                                                     # latents that say how many codebooks are heard
 SMALL = 0.1                                                   # gain of the waveform in the encoder, at the start
 LOUD = 5.0                                                    # and of the channels beside it, where ELU bends
 
@@ -65,9 +68,9 @@ def load(folders):
     """Folders of audio -> training audio and held-out audio: one list of (N,) int16 arrays, 24 kHz, per folder."""
     train, held_out = [], []
     for name in folders:
-        folder, paths = find_audio(name)
-        waves = [np.clip(np.concatenate(list(read_audio(path))), -1, 1) for path in paths]
-        is_val = split_clips([path.relative_to(folder).as_posix() for path in paths])
+        folder, clips = find_audio(name)
+        waves = [np.clip(np.concatenate(list(read_audio(folder / clip))), -1, 1) for clip in clips]
+        is_val = split_clips(clips, name)
         if not any(is_val):
             raise DataError(f"{name}: one file is not enough, another has to be held out")
         train.append([(w * 32767).astype(np.int16) for w, v in zip(waves, is_val) if not v])
@@ -134,6 +137,7 @@ def initialise(model, wave):
             linear = len(basis)
         start_as_identity(layer, linear)
         x = layer(x)
+    conv.weight[-ALOUD:] = 0                                  # the encoder leaves these latents to the codebooks
     for layer in model.decoder.model:
         if isinstance(layer, (SConv1d, SConvTranspose1d)):
             basis = mirror.pop().transpose(0, 1)                              # (linear channels out, in, r)
@@ -168,11 +172,29 @@ def nearest(x, codebook):
     return (codebook.square().sum(1) - 2 * x @ codebook.T).argmin(1)      # |x|^2 is the same for every candidate
 
 
+def kinds(latents, n):
+    """Latents (B, C, T) -> those of the waveform (B, C-n-ALOUD, T), of the envelope (B, n, T), and (B, ALOUD, T)."""
+    return latents.split([latents.shape[1] - n - ALOUD, n, ALOUD], dim=1)
+
+
 def sayable(rest, k, n):
-    """The part of rest (rows, C) that codebook k has words for: the first one has none but for the last n latents.
+    """The part of rest (rows, C) that codebook k has words for: the first one has none but for the n of the envelope.
 
     All its 1024 words then describe the spectral envelope, and nothing else decides which of them is nearest."""
-    return F.pad(rest[:, -n:], (rest.shape[1] - n, 0)) if k == 0 else rest
+    return F.pad(rest[:, -n - ALOUD:-ALOUD], (rest.shape[1] - n - ALOUD, ALOUD)) if k == 0 else rest
+
+
+def count_aloud(quantizer):
+    """Let all words of codebooks 1, 2, 3 and 5 raise one of the last latents: the decoder hears how many there are.
+
+    What it should make of a rough waveform depends on that: of one codebook's, little. No choice of a word changes."""
+    for k, layer in enumerate(quantizer.vq.layers):
+        layer._codebook.embed[:, -ALOUD:] = aloud(torch.tensor([k + 1])) - aloud(torch.tensor([k]))
+
+
+def aloud(counts):
+    """Numbers of codebooks (B,) -> the last latents of a decoder that hears so many, (B, ALOUD)."""
+    return (counts[:, None] > torch.tensor([0, 1, 2, 4], device=counts.device)) / 4
 
 
 @torch.no_grad()
@@ -194,6 +216,7 @@ def fit_codebooks(quantizer, latents, n, rounds=20):
         residual = residual - book.embed[nearest(residual, book.embed)]
         left = residual.var(0).sum() / latents.var(0).sum()
         print(f"  k-means: {left:.3f} of the latents' variance left over", flush=True)
+    count_aloud(quantizer)
 
 
 @torch.no_grad()
@@ -226,6 +249,8 @@ def quantize(quantizer, latents, counts, n, adapt):
         rest = rest - chosen
         if k == 0:
             first = chosen
+    if adapt:
+        count_aloud(quantizer)
     return total.view(B, T, C).mT, first.view(B, T, C).mT
 
 
@@ -275,6 +300,17 @@ def wave_loss(out, wave, fine):
 
     A coarse code does not know the phase; what comes nearest to a waveform of unknown phase is silence."""
     return ((out - wave).abs().mean(1) / (wave.abs().mean(1) + 1e-2) * fine).mean()
+
+
+def words_loss(out, wave, coarse):
+    """1 - correlation between band envelopes over 0.4 s, out and wave (B, N), of the clips where coarse (B,) is True.
+
+    That is what STOI measures (Taal et al., 2011), here in 20 mel bands. Words are made of it."""
+    if not coarse.any():
+        return 0 * out.sum()
+    x, y = (mel_power(frame(w[coarse], 512, 256), 20).add(1e-7).sqrt().unfold(1, 36, 3) for w in (wave, out))
+    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)                 # (b, segments, 20, 36)
+    return 1 - ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1) + 1e-4)).mean()
 
 
 def discriminator_loss(discriminator, out, wave):
@@ -327,8 +363,11 @@ def measure(model, held_out, envelope, phase, device, n_clips=12, seconds=4):
         wave = torch.from_numpy(np.stack(clips).astype(np.float32) / 32768).to(device)
         latents, spectrum, target = model.encoder(wave[:, None]), log_mel(wave), envelope(wave)
         distance = lambda z: round((log_mel(model.decoder(z)[:, 0]) - spectrum).abs().mean().item(), 3)
-        error = (latents[:, -target.shape[1]:] - target).var((0, 2)).sum() / target.var((0, 2)).sum()
-        report[name] = {"envelope": round(1 - error.item(), 3), "unquantised": distance(latents)}
+        waveform, shape, _ = kinds(latents, envelope.n)
+        error = (shape - target).var((0, 2)).sum() / target.var((0, 2)).sum()
+        all_heard = torch.ones(len(wave), ALOUD, latents.shape[2], device=device)
+        report[name] = {"envelope": round(1 - error.item(), 3),
+                        "unquantised": distance(torch.cat([waveform, shape, all_heard], dim=1))}
         if phase >= 3:
             codes = model.quantizer.vq.encode(latents)                    # (K, B, T)
             for k in COUNTS.tolist():
@@ -352,29 +391,33 @@ def backward(model, before, wave, counts, phase, envelope, norms, discriminator=
     with bf16, torch.set_grad_enabled(encoder_learns):
         latents = model.encoder(wave[:, None]).float()        # (B, C, T)
     leaf = latents.detach().requires_grad_(encoder_learns)
-    waveform, shape = leaf.split([leaf.shape[1] - envelope.n, envelope.n], dim=1)         # the two kinds of latents
+    waveform, shape, _ = kinds(leaf, envelope.n)
     losses, pulls, out = {}, {}, None                         # pulls: gradients at the latents
     if phase < 3:
         target = envelope(wave)                               # (B, n, T)
         losses["envelope"] = (shape - target).square().mean()
     if phase == 2:
         coarse = shape + NOISE * torch.randn_like(shape)
-        heard = torch.where((counts == 1)[:, None, None], F.pad(coarse, (0, 0, waveform.shape[1], 0)), leaf)
+        coarse = F.pad(coarse, (0, 0, waveform.shape[1], 0))
+        heard = torch.where((counts == 1)[:, None, None], coarse, leaf[:, :-ALOUD])
+        count = aloud(torch.where(counts == 1, 1, 8))[:, :, None].expand(-1, -1, leaf.shape[2])
+        heard = torch.cat([heard, count], dim=1)
     if phase > 2:
         heard, first = quantize(model.quantizer, leaf, counts, envelope.n, adapt=phase == 4)
     if phase == 4:                                            # only the envelope adapts, the waveform stays as it was
         with bf16, torch.no_grad():
-            target = before(wave[:, None]).float()[:, :waveform.shape[1]]
+            target = kinds(before(wave[:, None]).float(), envelope.n)[0]
         losses["waveform"] = (waveform - target).square().mean()
-        losses["commitment"] = (shape - first[:, waveform.shape[1]:]).square().mean()     # be near a code
+        losses["commitment"] = (shape - kinds(first, envelope.n)[1]).square().mean()      # be near a code
         # the gradient skips the quantiser: what the decoder asks of the code, the encoder hears as asked of its latents
-        heard = heard + torch.cat([torch.zeros_like(waveform), shape - shape.detach()], dim=1)
+        heard = heard + F.pad(shape - shape.detach(), (0, 0, waveform.shape[1], ALOUD))
     if encoder_learns:
         pulls = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
     if phase > 1:
         with bf16:
             out = model.decoder(heard)[:, 0].float()          # (B, N)
-        at_output = {"mel": mel_loss(out, wave), "wave": wave_loss(out, wave, counts > 2)}
+        at_output = {"mel": mel_loss(out, wave), "wave": wave_loss(out, wave, counts > 2),
+                     "words": words_loss(out, wave, counts <= 2)}
         if discriminator:
             with bf16:
                 at_output |= adversarial_losses(discriminator, out, wave)
@@ -407,13 +450,13 @@ def main():
     parser = argparse.ArgumentParser(description="Train the mini codec.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
-    parser.add_argument("--minutes", type=float, default=60, help="of training, k-means and measuring included")
-    parser.add_argument("--adversarial", type=float, default=1.0, help="part of the time at which the discriminator "
+    parser.add_argument("--steps", type=int, default=16_000, help="of training")
+    parser.add_argument("--adversarial", type=float, default=1.0, help="part of the steps after which the discriminator "
                         "joins, 1: never. It costs many times the codec's own arithmetic: for a GPU")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--frames", type=int, default=48, help="length of a training crop, 1/75 s each")
     parser.add_argument("--n-filters", type=int, default=16)
-    parser.add_argument("--dimension", type=int, default=128, help="of the latents")
+    parser.add_argument("--dimension", type=int, default=132, help="of the latents")
     parser.add_argument("--lstm", type=int, default=2, help="layers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -421,8 +464,8 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from OUT.last, written every two minutes")
     args = parser.parse_args()
     last = f"{args.out}.last"
-    if not min(args.minutes, args.batch_size, args.frames, args.n_filters, args.lstm) > 0 or args.dimension < 8:
-        parser.error("--dimension must be at least 8, all other sizes and --minutes above 0")
+    if not min(args.steps, args.batch_size, args.frames, args.n_filters, args.lstm) > 0 or args.dimension < 8:
+        parser.error("--dimension must be at least 8, all other sizes and --steps above 0")
     if not Path(args.out).parent.is_dir():
         parser.error(f"--out {args.out}: no such folder")
     if not args.resume and Path(last).exists():
@@ -464,35 +507,36 @@ def main():
         if args.resume:
             module.load_state_dict(state.pop(name))
     state = {"averaged": [p.detach().clone() for p in parameters],        # the weights' moving average is measured
-             "step": 0, "phase": 1, "began": [0, 0.0], "norms": {}, "spent": 0.0} | state
-    averaged, start = state["averaged"], time.time() - state["spent"]
-    print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {args.minutes:g} minutes on {args.device}")
+             "step": 0, "phase": 1, "began": 0, "norms": {}} | state
+    averaged = state["averaged"]
+    print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
 
     def swap():                                               # the averaged weights in and out of the model
         for p, a in zip(parameters, averaged):
             p.data, a.data = a.data, p.data
 
-    next_save, next_report = state["spent"] + 120, state["spent"]
+    next_save, next_report = time.time() + SAVE_EVERY, 0
     while True:
-        step, phase, now = state["step"], state["phase"], time.time() - start
-        done = now / (60 * args.minutes)
+        step, phase = state["step"], state["phase"]
+        done, now = step / args.steps, time.time()
         if now > next_report or done >= 1:
             swap()
-            print(json.dumps({"minutes": round(now / 60, 1), "step": step, "phase": phase,
-                              **measure(model, held_out, envelope, phase, args.device)}), flush=True)
-            if done >= 1 and phase > 2:
+            print(json.dumps({"step": step, "phase": phase, **measure(model, held_out, envelope, phase, args.device)}),
+                  flush=True)
+            if done >= 1:
                 export(model, config, args.out)
             swap()
-            next_report = now + max(120, 3 * args.minutes)
+            next_report = now + 300
         if now > next_save or done >= 1:
-            save(last, state | {name: m.state_dict() for name, m in modules.items()} | {"spent": now})
-            next_save = now + 120
+            save(last, state | {name: m.state_dict() for name, m in modules.items()})
+            next_save = now + SAVE_EVERY
         if done >= 1:
             break
 
-        rng = np.random.default_rng((args.seed, step))
-        if done > PHASES[phase - 1][0]:
-            phase, state["phase"], state["began"] = phase + 1, phase + 1, [step, done]
+        rng = np.random.default_rng((args.seed, step))        # a step depends on its number alone: runs can be resumed
+        torch.manual_seed(args.seed + step)
+        if done >= PHASES[phase - 1][0]:
+            phase, state["phase"], state["began"] = phase + 1, phase + 1, step
             if phase == 3:
                 swap()                                        # until the encoder learns again, it is its average
                 waves = [batch(train, rng, 2 * args.batch_size, 4 * SAMPLE_RATE).to(args.device) for _ in range(16)]
@@ -501,9 +545,10 @@ def main():
                     torch._foreach_copy_(averaged, parameters)
                 before.load_state_dict(model.encoder.state_dict())
                 fit_codebooks(model.quantizer, latents, envelope.n)
-        (end, *rates), (first, began) = PHASES[phase - 1], state["began"]     # every phase warms up and cools down
+        (end, *rates), began = PHASES[phase - 1], state["began"]      # every phase warms up and cools down
+        through = (step - began) / (end * args.steps - began)
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * min(1, (step - first + 1) / 200) * max(0.02, 1 - ((done - began) / (end - began)) ** 2)
+            group["lr"] = rate * min(1, (step - began + 1) / 200) * max(0.02, 1 - through ** 2)
 
         wave = batch(train, rng, args.batch_size, args.frames * HOP).to(args.device)
         counts = COUNTS[torch.from_numpy(rng.choice(4, args.batch_size, p=OFTEN))].to(args.device)
@@ -523,8 +568,8 @@ def main():
         with torch.no_grad():
             torch._foreach_lerp_(averaged, parameters, 1 - min(0.995, step / (step + 10)))
         if state["step"] % 100 == 0:
-            print(f"step {state['step']}  {now / 60:.1f} min  "
-                  + "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()), flush=True)
+            print(f"step {state['step']}  " + "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()),
+                  flush=True)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,10 @@ def frechet(a, b):
 
 def recordings(dataset, seconds):
     """The first `seconds` of every clip -> training waves and validation waves, (N,) each."""
-    folder, paths = find_audio(dataset)
+    folder, names = find_audio(dataset)
     splits = [], []
-    for path, is_val in zip(paths, split_clips([p.relative_to(folder).as_posix() for p in paths])):
-        wave = torch.from_numpy(np.concatenate(list(read_audio(path))))[:int(seconds * SAMPLE_RATE)]
+    for name, is_val in zip(names, split_clips(names, dataset)):
+        wave = torch.from_numpy(np.concatenate(list(read_audio(folder / name))))[:int(seconds * SAMPLE_RATE)]
         if len(wave) > LAG * SAMPLE_RATE // FRAME_RATE * 2:
             splits[is_val].append(wave)
     return splits

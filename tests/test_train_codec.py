@@ -1,5 +1,6 @@
 """The codec's training: python -m pytest tests/test_train_codec.py"""
 import copy
+import functools
 import sys
 import types
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "assets"))
 
 import tokens                                                      # noqa: E402
 import train_codec                                                 # noqa: E402
+from encodec import msstftd                                        # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def speech():
 
 @torch.no_grad()
 def test_an_initialised_but_untrained_codec_passes_the_waveform(speech):
-    model = tokens.build_mini(n_filters=16, dimension=128, lstm=1)
+    model = tokens.build_mini(n_filters=16, dimension=132, lstm=1)
 
     def correlation():
         out = model.decoder(model.encoder(speech[:, None]))
@@ -38,7 +41,7 @@ def test_an_initialised_but_untrained_codec_passes_the_waveform(speech):
 @torch.no_grad()
 def test_clips_are_quantised_by_as_many_codebooks_as_asked():
     quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4, 16, 100)
-    train_codec.fit_codebooks(quantizer, torch.randn(2000, 16), 4, rounds=2)
+    train_codec.fit_codebooks(quantizer, torch.randn(20_000, 16), 4, rounds=1)
     codes = quantizer.vq.encode(latents)                                                # (8, 4, 100)
     expected = [quantizer.vq.decode(codes[:k, i:i + 1])[0] for i, k in enumerate((1, 2, 4, 8))]
     quantised, first = train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), 4, adapt=False)
@@ -66,16 +69,18 @@ def test_each_phase_teaches_the_parts_it_is_about(speech, phase):
 
 def test_codebooks_follow_what_is_assigned_to_them_and_rare_codes_start_anew():
     quantizer = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer
-    train_codec.fit_codebooks(quantizer, torch.randn(4000, 16), 16, rounds=2)
-    shifted = torch.randn(1, 16, 400) + 4
+    latents = lambda n, mean: F.pad(torch.randn(1, 12, n) + mean, (0, 0, 0, 4))           # (1, 16, n)
+    train_codec.fit_codebooks(quantizer, latents(4000, 0)[0].T, 12, rounds=2)
+    shifted = latents(400, 4)
 
     def error():
-        return (train_codec.quantize(quantizer, shifted, torch.tensor([1]), 16, adapt=False)[0] - shifted).square().mean()
+        quantised, _ = train_codec.quantize(quantizer, shifted, torch.tensor([1]), 12, adapt=False)
+        return (quantised - shifted)[:, :12].square().mean()
     before = error()
     for _ in range(300):
-        train_codec.quantize(quantizer, torch.randn(1, 16, 400) + 4, torch.tensor([1]), 16, adapt=True)
+        train_codec.quantize(quantizer, latents(400, 4), torch.tensor([1]), 12, adapt=True)
     assert error() < 0.2 * before
-    codes = quantizer.vq.encode(torch.randn(1, 16, 4000) + 4)[0]
+    codes = quantizer.vq.encode(latents(4000, 4))[0]
     assert train_codec.perplexity(codes) > 200
 
 
@@ -86,14 +91,36 @@ def test_the_first_codebook_says_nothing_but_the_envelope():
     for _ in range(20):
         train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), 4, adapt=True)
     first, second = (layer._codebook.embed for layer in quantizer.vq.layers[:2])
-    assert not first[:, :12].any() and first[:, 12:].abs().min(1).values.gt(0).all() and second[:, :12].any()
-    other = torch.cat([torch.randn(4, 12, 500), latents[:, 12:]], dim=1)                # another waveform
+    assert not first[:, :8].any() and first[:, 8:12].abs().min(1).values.gt(0).all() and second[:, :8].any()
+    other = torch.cat([torch.randn(4, 8, 500), latents[:, 8:]], dim=1)                  # another waveform
     assert torch.equal(quantizer.vq.encode(other)[0], quantizer.vq.encode(latents)[0])
+
+
+@torch.no_grad()
+def test_the_decoder_is_told_how_many_codebooks_it_hears():
+    quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4, 16, 300)
+    train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), 4, rounds=2)
+    train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), 4, adapt=True)
+    codes = quantizer.vq.encode(latents)
+    for k in range(1, 9):
+        heard = quantizer.vq.decode(codes[:k])[:, -train_codec.ALOUD:]                  # (4, 4, 300)
+        expected = torch.tensor([k > 0, k > 1, k > 2, k > 4]) / 4
+        torch.testing.assert_close(heard, expected[:, None].expand_as(heard), atol=1e-5, rtol=0)
+
+
+def test_words_are_lost_when_bands_no_longer_move_as_they_did(speech):
+    every = torch.ones(8, dtype=torch.bool)
+    loss = lambda out: train_codec.words_loss(out, speech, every).item()
+    noisy = [loss(speech + level * torch.randn_like(speech)) for level in (0, 0.003, 0.03, 0.3)]
+    assert noisy == sorted(noisy) and noisy[0] < 0.15 and noisy[-1] > 0.5      # what is silent correlates with nothing
+    assert loss(0.5 * speech) == pytest.approx(noisy[0], abs=0.03)
+    assert train_codec.words_loss(0 * speech, speech, ~every) == 0
 
 
 def test_k_means_leaves_less_over_with_every_codebook_and_uses_all_codes(capsys):
     quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4000, 16)
-    train_codec.fit_codebooks(quantizer, latents, 16, rounds=4)
+    latents[:, 12:] = 0
+    train_codec.fit_codebooks(quantizer, latents, 12, rounds=4)
     left = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(left) == 8 and left == sorted(left, reverse=True) and left[-1] < 0.3 * left[0]
     codes = train_codec.nearest(latents, quantizer.vq.layers[0]._codebook.embed)
@@ -136,6 +163,9 @@ class Spectrogram(torch.nn.Module):
 def test_training_with_a_discriminator_writes_a_codec_and_resumes(tmp_path, monkeypatch, speech, capsys):
     monkeypatch.setattr(sys.modules["torchaudio"], "transforms", types.SimpleNamespace(Spectrogram=Spectrogram),
                         raising=False)
+    small = functools.partial(msstftd.MultiScaleSTFTDiscriminator, 2)
+    monkeypatch.setattr(msstftd, "MultiScaleSTFTDiscriminator", lambda _, **sizes: small(**sizes))
+    monkeypatch.setattr(train_codec, "fit_codebooks", functools.partial(train_codec.fit_codebooks, rounds=2))
     for i, wave in enumerate(speech):
         path = tmp_path / "audio" / ("val" if i < 2 else "train") / f"{i}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,16 +173,30 @@ def test_training_with_a_discriminator_writes_a_codec_and_resumes(tmp_path, monk
     out = tmp_path / "codec.pt"
     command = ["train_codec.py", "--data", str(tmp_path / "audio"), "--n-filters", "4", "--dimension", "16", "--lstm",
                "1", "--batch-size", "1", "--adversarial", "0.3", "--device", "cpu", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command + ["--minutes", "0.2"])
-    train_codec.main()
-    before = torch.load(f"{out}.last", weights_only=True)
-    monkeypatch.setattr(sys, "argv", command + ["--minutes", str(before["spent"] / 60 + 0.1), "--resume"])
+    monkeypatch.setattr(sys, "argv", command + ["--steps", "10"])
     train_codec.main()
     state = torch.load(f"{out}.last", weights_only=True)
-    assert state["phase"] == 4
-    assert {"envelope", "decoder", "mel", "wave", "waveform", "commitment", "adversarial",
+    assert state["phase"] == 4 and state["step"] == 10
+    assert {"envelope", "decoder", "mel", "wave", "words", "waveform", "commitment", "adversarial",
             "features"} == set(state["norms"])
-    assert state["step"] > before["step"] and state["spent"] >= before["spent"] + 6
+    # interrupted in the middle of phase 4, and resumed
+    other, backward, calls = tmp_path / "other.pt", train_codec.backward, []
+
+    def until_the_eighth(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return backward(*args)
+    monkeypatch.setattr(train_codec, "SAVE_EVERY", 0)
+    monkeypatch.setattr(train_codec, "backward", until_the_eighth)
+    monkeypatch.setattr(sys, "argv", command[:-1] + [str(other), "--steps", "10"])
+    with pytest.raises(KeyboardInterrupt):
+        train_codec.main()
+    assert torch.load(f"{other}.last", weights_only=True)["step"] == 7
+    monkeypatch.setattr(sys, "argv", command[:-1] + [str(other), "--steps", "10", "--resume"])
+    train_codec.main()
+    one, two = (torch.load(path, weights_only=True)["weights"] for path in (out, other))
+    assert all(torch.equal(one[name], two[name]) for name in one)
     codec = tokens.load_codec(str(out))
     assert codec.decode(codec.encode(speech[:1])).isfinite().all()
     assert tokens.hashlib.sha256(out.read_bytes()).hexdigest() in capsys.readouterr().out
@@ -167,7 +211,7 @@ def test_resuming_without_a_state_is_one_clear_line(monkeypatch, tmp_path):
         train_codec.main()
 
 
-@pytest.mark.parametrize("options, words", [(["--minutes", "0"], "--minutes"), (["--minutes", "nan"], "--minutes"),
+@pytest.mark.parametrize("options, words", [(["--steps", "0"], "--steps"), (["--steps", "nan"], "--steps"),
                                             (["--batch-size", "0"], "sizes"), (["--dimension", "4"], "--dimension"),
                                             (["--out", "nowhere/codec.pt"], "no such folder")])
 def test_a_bad_option_is_one_clear_line(monkeypatch, tmp_path, capsys, options, words):

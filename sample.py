@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -155,6 +156,7 @@ def main():
         if prompt.shape[-1] == 0:
             raise DataError(f"{args.prompt}: holds {len(wave)} samples, less than one frame ({HOP} at 24 kHz)")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))               # so that unfinished files go, as with Ctrl-C
     n_frames = round(args.seconds * FRAME_RATE)
     generator = torch.Generator().manual_seed(args.seed)
     parts = [] if live else [name.with_name(f".{name.stem}.part{name.suffix}") for name in names]
@@ -188,6 +190,8 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
+    except soundfile.SoundFileError as error:
+        sys.exit(f"error: cannot write --out ({str(error).strip()}): is the disk full?")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:                                   # whoever listened to --out - has heard enough

@@ -10,6 +10,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -251,6 +252,28 @@ def test_silence_can_be_continued(run, tmp_path):
     soundfile.write(tmp_path / "prompt.wav", np.zeros(12_000), 24_000)
     assert run("--prompt", "prompt.wav").code == 0
     assert len(soundfile.read(tmp_path / "sample.wav")[0]) == (37 + 30) * HOP
+
+
+@pytest.mark.parametrize("rate, channels", [(8_000, 1), (44_100, 8), (192_000, 2), (22_050, 6)])
+def test_a_prompt_of_any_rate_and_number_of_channels_can_be_continued(run, tmp_path, rate, channels):
+    soundfile.write(tmp_path / "prompt.wav", noise(0.5, rate, channels), rate)
+    assert run("--prompt", "prompt.wav").code == 0
+    assert len(soundfile.read(tmp_path / "sample.wav")[0]) == (37 + 30) * HOP
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_what_was_there(run, tmp_path):
+    (tmp_path / "sample.wav").write_bytes(b"dear")
+    with mock.patch.object(soundfile.SoundFile, "write", side_effect=soundfile.LibsndfileError(2)):
+        assert_refused(run(), "cannot write --out", "disk")
+    assert [p.name for p in tmp_path.iterdir()] == ["sample.wav"] and (tmp_path / "sample.wav").read_bytes() == b"dear"
+
+
+def test_a_run_that_is_terminated_leaves_no_unfinished_file(ckpt, tmp_path):
+    process = subprocess.Popen([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu"], cwd=tmp_path)
+    while not list(tmp_path.iterdir()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 143 and not list(tmp_path.iterdir())
 
 
 def test_prompt_and_output_may_be_the_same_file(run, tmp_path):

@@ -26,7 +26,9 @@ import pytest
 import soundfile
 import torch
 
+import corpora
 import data
+import tokens
 import train
 from model import load_checkpoint
 from tokens import load_codec
@@ -396,6 +398,24 @@ def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(run, tmp_p
     model, checkpoint = load_checkpoint(tmp_path / "out.last.pt")
     assert f"at step {checkpoint['step'] + 1}," in result.err
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------- published corpora
+
+def test_a_published_corpus_is_trained_on_by_its_name(run, tmp_path, clips, monkeypatch):
+    folder = tmp_path / "corpora" / "LibriSpeech" / "dev-clean"
+    for speaker in range(84, 90):
+        shutil.copytree(clips, folder / str(speaker) / "1")
+    monkeypatch.setattr(corpora, "HOME", tmp_path / "corpora")
+    result = run(tmp_path, "--dataset", "librispeech-mini")
+    assert result.code == 0 and "librispeech-mini: " in result.out
+
+
+def test_published_corpora_are_encoded_with_metas_codec_unless_told_otherwise(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens.encodec.model, "ROOT_URL", "http://127.0.0.1:9/")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert_refused(run(tmp_path, "--dataset", "fma", "--device", "cpu", small=False), "cannot load EnCodec's weights",
+                   "--codec-dir FOLDER", "--codec mini")
 
 
 # ----------------------------------------------------------------------------- files that are there already

@@ -47,6 +47,7 @@ class Config:
     n_mel_layer: int = 1             # light causal blocks over the mel frames
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
     n_mels: int = 80
+    mel_noise: float = 0.0           # standard deviation of what is added to the whitened mel in training
     n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
     n_depth_layer: int = 2           # blocks over depth, if K > 1
     n_depth_embd: int = 128          # their width; a multiple of n_embd // n_head
@@ -273,6 +274,8 @@ class HybridGPT(nn.Module):
                 x = x + self.finer_embedding[k - 1][codes[:, k]].masked_fill(at_start, 0.0)
         if self.config.use_mel:
             mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
+            if self.training and self.config.mel_noise:
+                mel = mel + self.config.mel_noise * torch.randn_like(mel)
             m = self.mel_in(mel.masked_fill(at_start, 0.0))                       # (B, T, n_mel_embd)
             for block in self.mel_blocks:
                 m = block(m, rotary, mask, cache)
@@ -324,6 +327,8 @@ def load_checkpoint(path, device="cpu"):
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError("not a dict")
         if checkpoint["format"] != FORMAT:
             raise CheckpointError(f"{path} is of format {checkpoint['format']}, and this is {FORMAT}: train it anew")
         model = HybridGPT(Config(**checkpoint["config"]))

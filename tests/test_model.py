@@ -121,6 +121,15 @@ def test_dropout_acts_in_training_and_not_in_evaluation():
     assert not torch.equal(logits_of(model, codes, mel), logits_of(model, codes, mel))
 
 
+@torch.no_grad()
+def test_noise_on_the_mel_acts_in_training_and_not_in_evaluation():
+    codes, mel, _ = inputs(20)
+    noisy, plain = make(replace(HYBRID, mel_noise=0.5)), make(HYBRID)
+    assert torch.equal(logits_of(noisy, codes, mel), logits_of(plain, codes, mel))
+    assert not torch.equal(logits_of(noisy.train(), codes, mel), logits_of(plain.train(), codes, mel))
+    assert torch.equal(logits_of(noisy, codes, mel)[:, 0], logits_of(plain, codes, mel)[:, 0])       # none at START
+
+
 @pytest.mark.parametrize("wrong", [dict(use_codes=False, use_mel=False), dict(fuse="glue"), dict(n_input_codebooks=0),
                                    dict(n_head=3), dict(n_embd=30, n_head=2),
                                    dict(n_mel_embd=40), dict(n_codebooks=2, n_depth_embd=40)])

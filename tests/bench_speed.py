@@ -8,7 +8,8 @@ What does it cost? Each pair takes turns, and a ratio is the median over the tur
                   positions, LayerNorm with gain, GELU, biases off, SDPA; written for this file), and `hybrid` against
                   `gpt-s`: batch x 512, forward + backward + AdamW
     spectrogram   `log_mel` of one minute against torch.stft and a matrix product, and against librosa if it is installed
-    preparation   seconds of audio a second: reading, codec and mel of the bundled music, on all cores or the GPU
+    preparation   seconds of audio a second: encoding by a codec of EnCodec's shape; reading, codec `mini` and mel of the
+                  bundled music, on all cores or the GPU
 
 With a GPU, tokens a second and the share of its peak that the model's arithmetic uses (6 operations a parameter and
 token, 12 a layer, channel and position seen for attention, as nanoGPT counts; --peak is that of an H100 or H200, bf16).
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import prepare
 from mel import FLOOR, FRAME_RATE, HOP, N_FFT, N_MELS, SAMPLE_RATE, hann_window, log_mel, mel_filterbank
 from model import CODEBOOK_SIZE, PRESETS, HybridGPT
-from tokens import load_codec
+from tokens import Codec, EncodecModel, load_codec
 
 
 class NanoBlock(nn.Module):
@@ -139,6 +140,12 @@ def bench_spectrogram(args):
 
 
 def bench_preparation(args):
+    large = Codec(EncodecModel.encodec_model_24khz(pretrained=False), "encodec's shape", "random weights", args.device)
+    wave = 0.1 * torch.randn(8, 10 * SAMPLE_RATE)
+    start = time.perf_counter()
+    large.encode(wave)
+    rate = wave.numel() / SAMPLE_RATE / (time.perf_counter() - start)
+    print(f"EnCodec's 14.9 M shape: {rate:6.1f} x real time, encoding alone, eight files side by side, one process")
     with tempfile.TemporaryDirectory() as cache:
         start = time.perf_counter()
         data = prepare("music", load_codec("mini", args.device), cache=Path(cache), quiet=True)

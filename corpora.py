@@ -1,7 +1,7 @@
 """
 corpora.py: published corpora, from their official addresses to a folder of audio.
 
-    address ──download, resumed──▶ archive.part ──checksum──▶ archive ──unpack──▶ corpora/LibriSpeech/dev-clean/…
+    address ──download, resumed──▶ archive ──checksum──▶ unpack ──▶ corpora/LibriSpeech/dev-clean/…
 
     >>> folder, corpus = fetch("librispeech-mini")            # once: afterwards the folder is only named
 
@@ -19,16 +19,19 @@ outside its folder. A copy that you have already can stand in: corpora/LibriSpee
 """
 import contextlib
 import errno
+import gzip
 import hashlib
 import http.client
 import os
 import shutil
 import stat
+import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -48,7 +51,7 @@ class DataError(RuntimeError):
 class Archive(NamedTuple):
     url: str
     checksum: str                    # algorithm:hexadecimal digest, as its publishers print it
-    folder: str                      # the folder inside it that we want; everything else stays unpacked
+    folder: str                      # the folder inside it that we want; the rest is left in the archive
 
 
 class Corpus(NamedTuple):
@@ -75,12 +78,16 @@ CORPORA = {                          # LibriSpeech/dev-clean/84/…: a group is 
 
 @contextlib.contextmanager
 def alone(folder):
-    """Wait until no other process is inside `alone(folder)`. The operating system frees it when a process dies."""
+    """Wait until no other process is inside `alone(folder)`. The operating system ends that when the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         with contextlib.suppress(ImportError):                # Windows has no fcntl: there, start one at a time
             import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:                                              # lockf, not flock: children do not inherit it
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                print(f"waiting for another process to finish with {folder}", file=sys.stderr)
+                fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
@@ -96,9 +103,8 @@ def fetch(name, home=None):
         with alone(home), disk_full(home):
             for archive in corpus.archives:
                 if not (home / archive.folder).is_dir():
-                    path = download(archive, home)
-                    unpack(path, archive, home)
-                    path.unlink()
+                    unpack(download(archive, home), archive, home)
+                _path(archive, home).unlink(missing_ok=True)
     return home, corpus
 
 
@@ -114,46 +120,47 @@ def disk_full(folder):
                         "where it stopped") from error
 
 
+def _path(archive, home):
+    return home / archive.url.rsplit("/", 1)[1]
+
+
 def download(archive, home):
     """Fetch an `Archive` into the folder `home` -> its path, its checksum verified. Goes on where an earlier call ended.
 
     A connection that stalls, breaks off or meets a busy server is made anew, from the byte that is missing.
     """
-    path = home / archive.url.rsplit("/", 1)[1]
-    part, idle = path.with_name(path.name + ".part"), 0
-    if path.exists():                                         # verified by an earlier call that ended while unpacking
+    path, idle, problem = _path(archive, home), 0, None
+    if path.exists() and _is_right(path, archive):            # an earlier call ended while it was unpacking this
         return path
     with tqdm(desc=f"downloading {path.name}", unit="B", unit_scale=True, unit_divisor=1000) as bar:
         while idle < ATTEMPTS:
-            have, problem = part.stat().st_size if part.exists() else 0, None
+            have, done, problem = path.stat().st_size if path.exists() else 0, False, None
             try:
-                done = _receive(archive.url, part, have, bar)
+                done = _receive(archive.url, path, have, bar)
             except urllib.error.HTTPError as error:
                 if error.code < 500 and error.code not in (408, 429):
                     raise DataError(f"{archive.url}: the server answers {error.code} {error.reason}; if the file has "
-                                    f"moved, put it into {home} yourself") from error
-                done, problem = False, f"{error.code} {error.reason}"
+                                    f"moved, put it here: {path}") from error
+                problem = f"{error.code} {error.reason}"
             except (OSError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) in DISK_FULL:
                     raise                                     # a disk is not a network
-                done, problem = False, str(getattr(error, "reason", error))
+                problem = str(getattr(error, "reason", error))
             if done:
-                algorithm, digest = archive.checksum.split(":")
-                if _digest(part, algorithm) == digest:
-                    os.replace(part, path)
+                if _is_right(path, archive):
                     return path
-                part.unlink()                                 # these bytes are good for nothing
-                raise DataError(f"{archive.url}: what arrived is not what its publishers describe (its "
-                                f"{algorithm.upper()} is not {digest}); it was deleted: run the command again")
-            idle = 0 if part.exists() and part.stat().st_size > have else idle + 1
+                path.unlink()                                 # these bytes are good for nothing
+                raise DataError(f"{archive.url}: what arrived is not what its publishers describe (it should have the "
+                                f"checksum {archive.checksum}); it was deleted: run the command again")
+            idle = 0 if path.exists() and path.stat().st_size > have else idle + 1
             if problem or idle:
                 time.sleep(min(2 ** idle / 2, TIMEOUT))
     raise DataError(f"{archive.url}: {ATTEMPTS} attempts in a row brought nothing ({problem or 'no bytes'}); "
                     + (f"{have:,} bytes are kept: " if have else "") + "run the command again to go on")
 
 
-def _receive(url, part, have, bar):
-    """One connection: append to the file `part`, which holds `have` bytes, what it lacks. Is it whole now?"""
+def _receive(url, path, have, bar):
+    """One connection: append to the file `path`, which holds `have` bytes, what it lacks. Is it whole now?"""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         reply = urllib.request.urlopen(request, timeout=TIMEOUT)
@@ -166,10 +173,11 @@ def _receive(url, part, have, bar):
             have = 0
         length = reply.headers.get("Content-Length")
         total = have + int(length) if length else None
-        if total and shutil.disk_usage(part.parent).free < 2 * total - have:              # packed and unpacked
-            raise OSError(errno.ENOSPC, "no space left")
+        if total and shutil.disk_usage(path.parent).free < 2 * total - have:              # packed and unpacked
+            raise DataError(f"{path.parent} has not the {(2 * total - have) / 1e9:.1f} GB of free space that {path.name} "
+                            "needs, packed and unpacked: make room, or let it be a link to a larger disk")
         bar.total, bar.n = total, have
-        with open(part, "r+b" if have else "wb") as file:
+        with open(path, "r+b" if have else "wb") as file:
             file.seek(have)
             while block := reply.read1(BLOCK):          # what is there, without waiting for more
                 file.write(block)
@@ -179,12 +187,14 @@ def _receive(url, part, have, bar):
     return total is None or have >= total
 
 
-def _digest(path, algorithm):
+def _is_right(path, archive):
+    """Has the file the checksum that the archive's publishers print?"""
+    algorithm, expected = archive.checksum.split(":")
     digest = hashlib.new(algorithm)
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
-    return digest.hexdigest()
+    return digest.hexdigest() == expected
 
 
 # ----------------------------------------------------------------------------- out of the archive
@@ -194,26 +204,27 @@ def unpack(path, archive, home):
 
     Raises DataError for a damaged archive and for a member that is a link, a device or leads out of the archive.
     """
-    staging = home / f".{path.name}.unpacking"
+    target, wanted = home / archive.folder, PurePosixPath(archive.folder)
+    # on the disk where it will stay: target.parent may be a link to another one
+    staging = (target.parent if target.parent.exists() else home).resolve() / f".{path.name}.unpacking"
     shutil.rmtree(staging, ignore_errors=True)                # of a call that was interrupted
-    wanted = PurePosixPath(archive.folder)
     try:
         with tqdm(desc=f"unpacking {path.name}", unit=" files") as bar:
             for name, is_file, content in _members(path):
                 name = PurePosixPath(name)
-                if name.is_absolute() or ".." in name.parts or not is_file:
+                if name.is_absolute() or ".." in name.parts or "\\" in str(name) or not is_file:
                     raise DataError(f"{path} holds {name}, a link or a path that leads out of it: not unpacked")
                 if name.is_relative_to(wanted):
-                    target = staging / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with open(target, "wb") as file, content() as source:
+                    place = staging / name.relative_to(wanted)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    with open(place, "wb") as file, content() as source:
                         shutil.copyfileobj(source, file, BLOCK)
                     bar.update()
-        if not (staging / wanted).is_dir():
+        if not staging.is_dir():
             raise DataError(f"{path} holds no {wanted}")
-        (home / wanted).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(staging / wanted, home / wanted)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging, target)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = str(error).splitlines()[0].rstrip(":")
         raise DataError(f"{path} is damaged ({reason}): delete it and run the command again") from error
     finally:

@@ -15,12 +15,14 @@ model sees when it samples.
     >>> codes, mel, targets = data.batch(seed=0, step=0, batch_size=16, context=256)
 
 Encoding is most of the work. Files of about the same length go through the codec side by side, on a GPU or on all cores
-of the CPU; each is put away when it is done, so that an interrupted preparation goes on where it was.
+of the CPU; each is put away when it is done, so that an interrupted preparation goes on with those that are missing
+(if the folder has not changed meanwhile).
 
 A batch is a pure function of (seed, step): the same for every model, and after a resume. Each row is a window of one
 clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding that no target
 counts. The first position of a clip is START, so the model is always told that there is nothing before.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -45,7 +47,7 @@ BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time,
 BLOCK_VALUES = 4_000_000             # and never more than this, all channels together
-LONG = 60                            # seconds: a longer file is encoded alone
+LONG = 60                            # seconds: on a CPU a longer file is encoded alone
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
 SUFFIXES |= {".oga", ".opus", ".aif"}
 
@@ -67,9 +69,9 @@ def read_audio(path):
             if file.samplerate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
             n = min(BLOCK * file.samplerate // SAMPLE_RATE, BLOCK_VALUES // file.channels)
-            for block in file.blocks(n, dtype="float32", always_2d=True):
-                if not np.isfinite(block).all():
-                    raise DataError(f"{path}: holds NaN or infinite samples")
+            while len(block := file.read(n, dtype="float32", always_2d=True)):            # may be fewer than it claims
+                if not (np.abs(block) < 1e9).all():
+                    raise DataError(f"{path}: holds NaN or infinite samples, or some beyond a billion")
                 wave = block.mean(axis=1)
                 n_samples += len(wave)
                 yield resampler.resample_chunk(wave) if resampler else wave
@@ -82,58 +84,58 @@ def read_audio(path):
         raise DataError(f"{path}: holds no samples")
 
 
-def read_blocks(path):
-    """`read_audio` in pieces of exactly BLOCK samples, the last one shorter."""
+def read_blocks(path, n):
+    """`read_audio` in pieces of exactly n samples and a shorter one, perhaps empty, at the end."""
     rest = np.zeros(0, np.float32)
     for piece in read_audio(path):
         rest = np.concatenate([rest, piece])
-        while len(rest) >= BLOCK:
-            yield rest[:BLOCK]
-            rest = rest[BLOCK:]
+        while len(rest) >= n:
+            yield rest[:n]
+            rest = rest[n:]
     yield rest
 
 
 def encode_files(paths, codec, mel_codebooks=0, lookahead=0):
     """Encode files side by side, block by block: yields (i, codes (t, K) uint16, mel (t, 80) float16) of paths[i].
 
-    Everything is causal, so a file that ends before others is padded and what the padding gives is left out. At last
-    comes (i, problem, None) of every file, problem: None, or why it cannot be used.
+    Everything is causal, so a file that ends before others is padded and what the padding gives is left out. At the
+    end of each file comes (i, problem, None), problem: None, or why it cannot be used.
     mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. lookahead: as
     in `log_mel`.
     """
+    block_size = BLOCK if codec.device.type == "cuda" else max(BLOCK // len(paths) // HOP, 1) * HOP      # bounds memory
     encoder, spectrogram = codec.stream_encoder(), StreamingLogMel(lookahead)
     decoder = codec.stream_decoder() if mel_codebooks else None
-    readers = {i: read_blocks(path) for i, path in enumerate(paths)}
+    readers, waiting = {i: read_blocks(path, block_size) for i, path in enumerate(paths)}, set(range(len(paths)))
     n_samples, problems, done, codes = [0] * len(paths), {}, 0, None
-    while readers or lookahead:
-        waves = np.zeros((len(paths), BLOCK), np.float32)
-        longest = 0
+    while waiting:
+        waves, longest, flush = np.zeros((len(paths), block_size), np.float32), 0, not readers
         for i, reader in list(readers.items()):
             try:
-                block = next(reader, None)
+                block = next(reader)
             except DataError as error:
-                problems[i], block = str(error).removeprefix(f"{paths[i]}: "), None
-            if block is None:
+                problems[i], block = str(error).removeprefix(f"{paths[i]}: "), waves[i, :0]
+            waves[i, :len(block)] = block
+            n_samples[i] += len(block)
+            longest = max(longest, len(block))
+            if len(block) < block_size:
                 del readers[i]
-            else:
-                waves[i, :len(block)] = block
-                n_samples[i] += len(block)
-                longest = max(longest, len(block))
-        if not readers and not longest:                       # all have ended: show the mel the silence after them
-            longest, lookahead = lookahead, 0
-        wave = torch.from_numpy(waves[:, :longest]).to(codec.device)
+        # when all have ended, a mel that looks ahead still wants to see the silence after them
+        wave = torch.from_numpy(waves[:, :lookahead if flush else longest]).to(codec.device)
         new = encoder.push(wave)                              # (B, K, t)
         codes = new if codes is None else torch.cat([codes, new], dim=-1)
-        if decoder:
+        if decoder and not flush:
             wave = decoder.push(new[:, :mel_codebooks])
         mel = spectrogram.push(wave)                          # (B, u, 80); with a lookahead they come later
         ready, codes = codes[..., :mel.shape[1]], codes[..., mel.shape[1]:]
-        for i, n in enumerate(n_samples):
-            n = max(0, min(n // HOP - done, mel.shape[1]))
+        for i in sorted(waiting):
+            n = max(0, min(n_samples[i] // HOP - done, mel.shape[1]))
             yield i, ready[i, :, :n].T.cpu().numpy().astype(np.uint16), mel[i, :n].cpu().numpy().astype(np.float16)
+            if i not in readers and (i in problems or n_samples[i] // HOP <= done + mel.shape[1]):
+                waiting.remove(i)
+                short = f"shorter than one frame of {HOP} samples" if n_samples[i] < HOP else None
+                yield i, problems.get(i, short), None
         done += mel.shape[1]
-    for i, n in enumerate(n_samples):
-        yield i, problems.get(i, f"shorter than one frame of {HOP} samples" if n < HOP else None), None
 
 
 # ----------------------------------------------------------------------------- preparing a dataset
@@ -208,7 +210,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead
     name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
     home = Path(cache) / f"{name}-{Path(codec.name).name}-{key}"
     if not (home / "meta.json").is_file():
-        with alone(Path(cache)), disk_full(cache):
+        with disk_full(cache), alone(Path(cache)):
             if not (home / "meta.json").is_file():            # or has another process been faster?
                 unfinished = home.with_name(f".{home.name}")
                 (unfinished / "clips").mkdir(parents=True, exist_ok=True)
@@ -226,65 +228,80 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead
 
 
 class _Encoding(torch.utils.data.IterableDataset):
-    """Batches of files to encode, shared out among a DataLoader's processes: yields (clip, rows or problem, end?)."""
+    """Batches of files to encode into the folder `home`, shared out among a DataLoader's processes.
 
-    def __init__(self, batches, folder, files, codec, made_with):
-        self.batches, self.folder, self.files = batches, folder, files
+    Of each file I that is done it yields (I, None), and home/I.clip holds its frames; or (I, why it cannot be used).
+    """
+
+    def __init__(self, home, batches, folder, files, codec, made_with):
+        self.home, self.batches, self.folder, self.files = home, batches, folder, files
         self.codec, self.made_with = codec, made_with
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         for batch in self.batches[worker.id::worker.num_workers] if worker else self.batches:
+            try:
+                yield from self.encode(batch)
+            except OSError as error:                          # of the cache's disk; what cannot be read is a DataError
+                yield None, error                             # to be raised where it is known what that means
+
+    def encode(self, batch):
+        # a number of its own for each process: one whose parent was killed may still be at work
+        parts = [self.home / f"{i}.{os.getpid()}.part" for i in batch]
+        with contextlib.ExitStack() as stack:
+            out = [stack.enter_context(open(part, "wb")) for part in parts]
             for i, codes, mel in encode_files([self.folder / self.files[clip][0] for clip in batch], self.codec,
                                               self.made_with["mel_codebooks"], self.made_with["lookahead"]):
-                if mel is None:
-                    yield batch[i], codes, True
-                elif len(mel):
+                if mel is not None:
                     rows = np.empty(len(mel), _row(self.made_with))
                     rows["codes"], rows["mel"] = codes, mel
-                    yield batch[i], rows.tobytes(), False
+                    out[i].write(rows.tobytes())
+                    continue
+                out[i].close()
+                problem = codes
+                if problem:
+                    parts[i].unlink()
+                else:
+                    os.replace(parts[i], self.home / f"{batch[i]}.clip")
+                yield batch[i], problem
 
 
 def _row(made_with):
-    """One frame as it lies in an unfinished cache."""
+    """One frame as it lies in a .clip file."""
     return np.dtype([("codes", np.uint16, (made_with["n_codebooks"],)), ("mel", np.float16, (N_MELS,))])
 
 
 def _encode(home, folder, files, codec, made_with, title, quiet):
     """Encode into `home` one file I.clip for each file I that has none there yet -> {I: why it cannot be used}."""
+    for part in home.glob("*.part"):
+        part.unlink()
     todo, seconds = [i for i in range(len(files)) if not (home / f"{i}.clip").exists()], {}
+    left = sum(files[i][1] for i in todo)
     for i in todo:
         try:
             info = soundfile.info(folder / files[i][0])
             seconds[i] = info.frames / info.samplerate
         except (soundfile.SoundFileError, OSError, ZeroDivisionError):
             seconds[i] = 0.0                                  # whatever it is, reading it will tell
-    todo.sort(key=seconds.get, reverse=True)                  # long ones first: in the end all processes have work
-    side_by_side, batches = 64 if codec.device.type == "cuda" else 8, []
+    todo.sort(key=seconds.get, reverse=True)                  # like beside like, the long ones first
+    on_cpu = codec.device.type == "cpu"
+    n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not on_cpu or sum(seconds.values()) < LONG:
+        n_workers = 0                                         # in this process
+    side_by_side, batches = max(1, min(8, len(todo) // max(1, n_workers))) if on_cpu else 64, []
     while todo:
-        n = 1 if seconds[todo[0]] > LONG else side_by_side
+        n = 1 if on_cpu and seconds[todo[0]] > LONG else side_by_side
         batches.append(todo[:n])
         todo = todo[n:]
-    n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if codec.device.type != "cpu" or sum(seconds.values()) < LONG:
-        n_workers = 0                                         # in this process
-    work = torch.utils.data.DataLoader(_Encoding(batches, folder, files, codec, made_with), batch_size=None,
-                                       num_workers=min(n_workers, len(batches)))
-    total, left = sum(size for _, size, _ in files), sum(files[i][1] for batch in batches for i in batch)
-    problems, parts = {}, {}
+    work = torch.utils.data.DataLoader(_Encoding(home, batches, folder, files, codec, made_with), batch_size=None,
+                                       num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0, in_order=False)
+    total, problems = sum(size for _, size, _ in files), {}
     with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, desc=title, disable=quiet) as bar:
-        for i, content, ended in work:
-            if i not in parts:
-                parts[i] = open(home / f"{i}.part", "wb")
-            if not ended:
-                parts[i].write(content)
-                continue
-            parts.pop(i).close()
-            if content:
-                problems[i] = content
-                (home / f"{i}.part").unlink()
-            else:
-                os.replace(home / f"{i}.part", home / f"{i}.clip")
+        for i, problem in work:
+            if isinstance(problem, OSError):
+                raise problem
+            if problem:
+                problems[i] = problem
             bar.update(files[i][1])
     if problems:
         print(f"skipped {len(problems)} of {len(files)} files: "
@@ -300,7 +317,7 @@ def _join(home, dataset, name, names, made_with, problems):
     paths, row = [home / "clips" / f"{i}.clip" for i in usable], _row(made_with)
     lengths = [path.stat().st_size // row.itemsize for path in paths]
     ends, n_frames = np.cumsum(lengths), sum(lengths)
-    clips, used, is_val = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable], []
+    clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable]
     if len(clips) == 1:
         if n_frames < 10:
             raise DataError(f"dataset '{name}' holds {n_frames} frames in one file: too few to train and to validate on")

@@ -29,6 +29,7 @@ import numpy as np
 import soundfile
 import torch
 
+from corpora import DISK_FULL
 from data import DataError, read_audio
 from mel import FRAME_RATE, HOP, SAMPLE_RATE, StreamingLogMel
 from model import START, Cache, CheckpointError, load_checkpoint
@@ -179,6 +180,8 @@ def main():
                 print(f"\r{seconds:.1f} s at {pace:.2f} x real time ", end="", file=sys.stderr)
         for file, part, name in zip(files, parts, names):
             file.close()
+            if soundfile.info(part).frames != t * HOP:        # libsndfile hides a write that fails at the very end
+                raise soundfile.SoundFileRuntimeError("the file is not complete")
             os.replace(part, name)
     print(f"{'standard output' if live else ', '.join(map(str, names))}: {seconds:.2f} s"
           + (f", the first {prompt.shape[-1] / FRAME_RATE:.2f} s of it the prompt" if args.prompt else "")
@@ -197,3 +200,8 @@ if __name__ == "__main__":
     except BrokenPipeError:                                   # whoever listened to --out - has heard enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit("error: no space left where --out goes")

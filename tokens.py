@@ -74,13 +74,13 @@ def run_piece(module, x, state):
             x = torch.cat([state[module], x], dim=-1)
         else:                                                 # the start of the clip: pad as the package does
             x = pad1d(x, (reach, 0), mode=module.pad_mode)
-        state[module] = x[..., x.shape[-1] - reach:]
+        state[module] = x[..., x.shape[-1] - reach:].clone()  # a view would keep all of x
         return module.conv(x)
     if isinstance(module, SConvTranspose1d):
         stride, n = module.convtr.convtr.stride[0], x.shape[-1]
         before = module in state
         y = module.convtr(torch.cat([state[module], x], dim=-1) if before else x)
-        state[module] = x[..., -1:]
+        state[module] = x[..., -1:].clone()
         return y[..., stride * before: stride * (n + before)]
     if isinstance(module, SLSTM):
         x = x.permute(2, 0, 1)                                # (T, B, C)
@@ -192,7 +192,7 @@ class Codec:
         return self.stream_decoder().push(codes.to(self.device))
 
     def stream_encoder(self, n_codebooks=None):
-        """A fresh `StreamEncoder` for one clip (or one batch of clips of equal length), on the codec's device.
+        """A fresh `StreamEncoder` for one clip (or a batch of clips, padded to equal length), on the codec's device.
 
         n_codebooks: the first so many, all by default. Raises CodecError if the codec does not have so many.
         """

@@ -108,9 +108,6 @@ def parse_arguments():
         parser.error("--context must be an even number of positions, 2 or more")
     if not args.out.endswith(".pt"):
         parser.error(f"--out {args.out} must end in .pt")
-    if args.batch_size % (args.accumulate * WORLD):
-        parser.error(f"--accumulate {args.accumulate}" + f" times {WORLD} processes" * (WORLD > 1)
-                     + f" must divide --batch-size {args.batch_size}")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
     args.given = {word.split("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
@@ -125,23 +122,31 @@ def choose_device(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"error: device '{name}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
     return torch.device(name)
 
 
-def save(path, content):
-    """Write beside `path`, then rename: whatever happens, `path` is a whole checkpoint, the old or the new."""
-    beside, buffer = Path(f"{path}.tmp"), io.BytesIO()
-    torch.save(content, buffer)      # first into memory: torch would hide why a write failed
+def write_whole(path, content):
+    """Write bytes beside `path`, then rename: whatever happens, `path` is whole, the old or the new."""
+    beside = Path(f"{path}.tmp")
     try:
         with open(beside, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def save(path, content):
+    """A checkpoint into a file; first into memory, since torch would hide why a write failed."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getbuffer())
 
 
 @torch.no_grad()
@@ -167,7 +172,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
         np.add.at(counts, clip.numpy(), (targets != IGNORE).sum(1).numpy())
     model.train()
     nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
-    figures = {"val_nll": nll, "val_ppl": math.exp(nll), "val_acc": accuracy}
+    figures = {"val_nll": nll, "val_ppl": float(np.exp(min(nll, 700))), "val_acc": accuracy}
     if len(finer):
         figures["val_nll_finer"] = (finer / counts.sum()).round(4).tolist()
     return figures, sums, counts
@@ -189,6 +194,7 @@ def learning_rate(step, args):
 
 def main():
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # while preparing; later the loop sees to it
     device = choose_device(args.device)
     if WORLD > 1:
         if args.eval:
@@ -226,6 +232,9 @@ def main():
         args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
         if args.mel_codebooks is None:
             args.mel_codebooks = args.n_codebooks if args.n_codebooks > 1 else 0
+    if not args.eval and args.batch_size % (args.accumulate * WORLD):
+        sys.exit(f"error: --accumulate {args.accumulate}" + f" times {WORLD} processes" * (WORLD > 1)
+                 + f" must divide --batch-size {args.batch_size}")
     if not args.eval and not os.access(out.parent, os.W_OK):  # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
 
@@ -266,6 +275,8 @@ def main():
             sys.exit(f"error: --set: {error}")
         model.set_mel_statistics(*data.mel_statistics)
         model.to(device)
+        if not RANK:
+            last.unlink(missing_ok=True)                      # --overwrite: nothing must continue the old run now
     model.train()
     # decay pulls weights of matrix products towards zero; it has no business with embeddings
     decayed = [p for name, p in model.named_parameters() if "embedding" not in name]
@@ -279,23 +290,20 @@ def main():
             raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now")
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, tokens_seen, seconds, best = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "best"))
-        torch.set_rng_state(checkpoint["rng"].cpu())
-        if device.type == "cuda" and "cuda_rng" in checkpoint:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu())
-    if RANK:
-        torch.manual_seed(args.seed + step + RANK * 2**32)    # each process drops other units
     forward = torch.compile(model) if (device.type == "cuda" if args.compile is None else args.compile) else model
     if WORLD > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
 
     # --- the log: a continued run drops from it what it is about to do again
     kept = []
-    for line in log_path.read_text().splitlines() if args.resume else ():
-        entry = json.loads(line) if line.endswith("}") else {"step": math.inf}            # cut off in mid-line
-        if entry["step"] < step or entry["step"] == step and "val_nll" not in entry:
-            kept.append(line + "\n")
-    log = open(log_path, "w")
-    log.writelines(kept)
+    for line in log_path.read_text().splitlines() if args.resume and log_path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):       # cut off in mid-line
+            entry = json.loads(line)
+            if entry["step"] < step or entry["step"] == step and "val_nll" not in entry:
+                kept.append(line + "\n")
+    if not RANK:
+        write_whole(log_path, "".join(kept).encode())
+    log = open(log_path, "a")
 
     def report(figures):
         log.write(json.dumps(figures) + "\n")
@@ -316,12 +324,21 @@ def main():
             "train_frames": data.meta["train_frames"], "val_frames": data.meta["val_frames"]})
 
     stopped_by = []                                           # a signal ends the run after the step it falls into
+
+    def stop_soon(number, _):
+        stopped_by.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)                  # a second Ctrl-C: at once
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: stopped_by.append(n))
+        signal.signal(number, stop_soon)
 
     # --- the loop
     start, tokens_logged, time_logged = time.time() - seconds, tokens_seen, time.time()
     lr, norm = 0.0, torch.zeros(())
+
+    def diverged(what):
+        sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; the last good checkpoint is "
+                 f"{last}; start anew with a lower --lr (and --overwrite)")
+
     while True:
         seconds = time.time() - start
         stop = max(stopped_by, default=0)
@@ -330,10 +347,11 @@ def main():
             dist.all_reduce(stop, dist.ReduceOp.MAX)
             stop = stop.item()
         if (step % 20 == 0 or step % args.eval_every == 0 or step == args.steps or stop) and not norm.isfinite():
-            sys.exit(f"error: the loss or its gradient is no longer finite at step {step}, learning rate {lr:.2e}; the "
-                     f"last good checkpoint is {last}; try a lower --lr")
+            diverged("the loss or its gradient")
         if (step % args.eval_every == 0 or step == args.steps) and RANK == 0:
             figures, *_ = evaluate(model, data, args.batch_size, autocast)        # not `forward`: nothing to compile
+            if not math.isfinite(figures["val_nll"]):
+                diverged("the validation loss")
             report({"step": step, **figures, "unigram_nll": unigram, "n_params": n_params,
                     "tokens_seen": tokens_seen, "seconds": round(seconds, 1)})
             better = figures["val_nll"] < best
@@ -347,9 +365,7 @@ def main():
             time_logged, tokens_logged = time.time(), tokens_seen
         if (step % args.eval_every == 0 or step == args.steps or stop) and RANK == 0:
             content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
-                                    seconds=seconds, best=best, rng=torch.get_rng_state(), args=options, **facts)
-            if device.type == "cuda":
-                content["cuda_rng"] = torch.cuda.get_rng_state()
+                                    seconds=seconds, best=best, args=options, **facts)
             save(last, content)
         if step == args.steps:
             break
@@ -360,12 +376,14 @@ def main():
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        # batch and dropout depend on seed, step and process alone, so that a resumed run is the uninterrupted one
         batch = data.batch(args.seed, step, args.batch_size, context)             # codes, mel, targets
-        n_targets, loss_sum = counted(batch[2]).to(device), 0.0                   # (2,)
+        torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
+        n_targets, loss_sum = counted(batch[2]), 0.0          # (2,)
         for c, m, t in zip(*(x.chunk(WORLD)[RANK].to(device).chunk(args.accumulate) for x in batch)):
             with autocast:
                 _, losses = forward(c, m, t)                  # (K,)
-            share = counted(t) / n_targets                    # means over the batch, not over its parts
+            share = counted(t) / n_targets.to(device)         # means over the batch, not over its parts
             loss = losses[0] * share[0] + (losses[1:].mean() * share[1] if len(losses) > 1 else 0)
             (loss * WORLD).backward()                         # the processes' gradients will be averaged
             loss_sum += loss.detach()

@@ -7,6 +7,10 @@ import errno
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,6 +20,7 @@ import soundfile
 import soxr
 import torch
 
+import corpora
 import data
 from data import IGNORE, START, DataError, Dataset, prepare, read_audio, split_clips
 from mel import HOP, SAMPLE_RATE, log_mel
@@ -99,6 +104,15 @@ def test_the_mel_may_be_that_of_what_some_codebooks_decode_to(tmp_path, tiny_cod
         mel = log_mel(tiny_codec.decode(codes[:, :mel_codebooks]))[0].numpy()
         np.testing.assert_allclose(decoded.mel[start:end], mel, rtol=1e-3, atol=5e-3)
         assert np.abs(original.mel[start:end] - mel).mean() > 0.1
+
+
+def test_a_mel_of_decoded_codes_may_look_ahead_too(tmp_path, tiny_codec):
+    folder = clips(tmp_path / "in")
+    causal = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=2)
+    ahead = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=2, lookahead=320)
+    assert np.array_equal(causal.codes, ahead.codes)
+    for start, end in [*causal.train, *causal.val]:           # a whole frame ahead: the next frame's mel
+        np.testing.assert_allclose(ahead.mel[start:end - 1], causal.mel[start + 1:end], rtol=1e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("lookahead", [192, 352, 704])
@@ -218,11 +232,22 @@ def test_a_header_with_an_absurd_sample_rate_is_refused(tmp_path, rate):
 
 def test_many_channels_are_read_in_smaller_blocks(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.repeat(noise(12.0), 64, axis=1), SAMPLE_RATE)
-    with mock.patch.object(data.soundfile.SoundFile, "blocks", autospec=True,
-                           side_effect=soundfile.SoundFile.blocks) as blocks:
+    with mock.patch.object(data.soundfile.SoundFile, "read", autospec=True,
+                           side_effect=soundfile.SoundFile.read) as read:
         wave = np.concatenate(list(read_audio(tmp_path / "a.wav")))
-    assert blocks.call_args.args[1] * 64 <= data.BLOCK_VALUES
+    assert all(call.args[1] * 64 <= data.BLOCK_VALUES for call in read.call_args_list)
     np.testing.assert_allclose(wave, noise(12.0)[:, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_of_a_file_that_was_cut_off_what_is_there_is_read(tmp_path, share):
+    soundfile.write(tmp_path / "a.mp3", noise(30.0), 44_100)
+    whole = np.concatenate(list(read_audio(tmp_path / "a.mp3")))
+    content = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(content[:int(share * len(content))])         # its header claims all of it
+    cut = np.concatenate(list(read_audio(tmp_path / "a.mp3")))
+    assert abs(len(cut) / len(whole) - share) < 0.1
+    np.testing.assert_allclose(cut[:-5000], whole[:len(cut) - 5000], atol=1e-3)
 
 
 def test_a_folder_with_nothing_usable_is_an_error(tmp_path, tiny_codec):
@@ -301,7 +326,7 @@ def test_an_interrupted_preparation_goes_on_with_the_files_it_lacks(tmp_path, ti
         if len(begun) == 3:
             raise KeyboardInterrupt
         return tiny_codec.stream_encoder()
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [])                # in this process
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [], raising=False)                # in this process
     with pytest.raises(KeyboardInterrupt):
         prepare(folder, codec_whose_encoder(tiny_codec, encoder), cache, quiet=True)
     assert caches(cache) == []
@@ -317,11 +342,40 @@ def test_several_processes_encode_what_one_does(tmp_path, tiny_codec, monkeypatc
     (folder / "broken.wav").write_bytes(b"no audio")
     one = prepare(folder, tiny_codec, tmp_path / "one", quiet=True)
     monkeypatch.setattr(data, "LONG", 1.3)                    # two processes, longer files alone
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [0, 1])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [0, 1], raising=False)
     two = prepare(folder, tiny_codec, tmp_path / "two", quiet=True)
     assert one.meta == two.meta and len(one.meta["clips"]) == 7
     assert (one.codes == two.codes).mean() > 0.999            # a rounding may tip a nearest neighbour
     np.testing.assert_allclose(one.mel, two.mel, rtol=1e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_preparation_that_is_killed_with_its_workers_at_work_blocks_nobody(tmp_path, number):
+    folder = clips(tmp_path / "in", n=8, seconds=20)
+    script = ("import os, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import data, tokens\n"
+              "os.sched_getaffinity = lambda _: [0, 1]\n"
+              "data.prepare(sys.argv[2], tokens.load_codec(), Path(sys.argv[3]), quiet=True); print('done')")
+    command = [sys.executable, "-c", script, data.ASSETS.parent, folder, tmp_path / "cache"]
+    process = subprocess.Popen(command)
+    while not list(tmp_path.glob("cache/*/clips/*.part")) + list(tmp_path.glob("cache/.*/clips/*.part")):
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(number)
+    process.wait()
+    assert subprocess.run(command, timeout=120, stdout=subprocess.PIPE, text=True).stdout == "done\n"
+    assert not list(tmp_path.glob("cache/**/*.part"))
+
+
+def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny_codec, tiny_codec_file, capfd):
+    folder = clips(tmp_path / "in")
+    code = (f"import sys; sys.path.insert(0, {str(data.ASSETS.parent)!r}); import data, tokens; from pathlib import Path\n"
+            f"data.prepare({str(folder)!r}, tokens.load_codec({str(tiny_codec_file)!r}), Path({str(tmp_path / 'cache')!r}))")
+    with corpora.alone(tmp_path / "cache"):
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        assert "waiting for another process" in process.stderr.readline()
+        assert caches(tmp_path / "cache") == []
+    assert process.wait(60) == 0
+    assert caches(tmp_path / "cache") == [prepare(folder, tiny_codec, tmp_path / "cache", quiet=True).key]
 
 
 def test_a_file_that_breaks_off_does_not_harm_those_beside_it(tmp_path, tiny_codec):
@@ -330,7 +384,7 @@ def test_a_file_that_breaks_off_does_not_harm_those_beside_it(tmp_path, tiny_cod
     wave[-5] = np.nan                                         # found when the others have long ended
     soundfile.write(folder / "nan.wav", wave, SAMPLE_RATE, subtype="FLOAT")
     dataset = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
-    assert dataset.meta["skipped"] == ["nan.wav: holds NaN or infinite samples"]
+    assert dataset.meta["skipped"] == ["nan.wav: holds NaN or infinite samples, or some beyond a billion"]
     (folder / "nan.wav").unlink()
     alone = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
     assert (dataset.codes == alone.codes).mean() > 0.999 and dataset.codes.shape == alone.codes.shape
@@ -339,7 +393,7 @@ def test_a_file_that_breaks_off_does_not_harm_those_beside_it(tmp_path, tiny_cod
 def test_a_full_disk_is_one_clear_line_and_loses_no_finished_file(tmp_path, tiny_codec, monkeypatch):
     folder, cache, written = clips(tmp_path / "in"), tmp_path / "cache", []
     monkeypatch.setattr(data, "LONG", 0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [], raising=False)
 
     def full(source, target):
         written.append(target)

@@ -268,6 +268,20 @@ def test_a_full_disk_is_one_clear_line_and_leaves_what_was_there(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["sample.wav"] and (tmp_path / "sample.wav").read_bytes() == b"dear"
 
 
+def test_an_error_in_the_very_last_write_is_noticed(run, tmp_path):
+    with mock.patch.object(soundfile, "info", return_value=SimpleNamespace(frames=29 * HOP)):
+        assert_refused(run("--out", "a.flac"), "cannot write --out", "not complete")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_behind_standard_output_is_one_clear_line(ckpt, tmp_path):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "0.4", "--device", "cpu", "--out", "-"],
+                              cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.strip().splitlines() == ["error: no space left where --out goes"]
+
+
 def test_a_run_that_is_terminated_leaves_no_unfinished_file(ckpt, tmp_path):
     process = subprocess.Popen([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu"], cwd=tmp_path)
     while not list(tmp_path.iterdir()):

@@ -48,8 +48,8 @@ from encodec.modules import SConv1d, SConvTranspose1d, SLSTM          # after to
 from encodec.modules.seanet import SEANetResnetBlock
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
-WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,      # shares of the gradient, see `balance`
-           "decoder": 1.0, "envelope": 1.0, "waveform": 1.0, "commitment": 0.3}
+WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,       # shares of the gradient,
+           "decoder": 1.0, "envelope": 1.0, "waveform": 1.0, "commitment": 0.3}              # see `balance`
 COUNTS = torch.tensor([1, 2, 4, 8])                           # codebooks a clip of the batch may be decoded from
 OFTEN = (0.2, 0.3, 0.2, 0.3)                                  # and how often each
 PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # each until which part of the time, with which learning

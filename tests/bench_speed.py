@@ -149,8 +149,9 @@ def bench_preparation(args):
     with tempfile.TemporaryDirectory() as cache:
         start = time.perf_counter()
         data = prepare("music", load_codec("mini", args.device), cache=Path(cache), quiet=True)
-        rate = len(data.codes) / FRAME_RATE / (time.perf_counter() - start)
-    print(f"preparation:            {rate:6.1f} x real time (codec mini, {len(data.codes) / FRAME_RATE / 60:.0f} minutes)")
+        seconds = len(data.codes) / FRAME_RATE
+        rate = seconds / (time.perf_counter() - start)
+    print(f"preparation:            {rate:6.1f} x real time (codec mini, {seconds / 60:.0f} minutes)")
 
 
 def main():

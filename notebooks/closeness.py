@@ -12,11 +12,11 @@ how much it changes within the next 1/15 s. Two sets of clips are compared by th
 the distance between two Gaussians (Dowson and Landau, 1982); no network judges. It hears timbre, loudness, pauses and
 how fast things change, not words or melodies. Everything is measured against the validation clips, and so are, to know
 what a figure is worth, the training clips (nothing should be expected to come closer) and the validation clips as the
-codec decodes them. What a model has generated is measured again with its coarse codes alone decoded. Prints a table and
-writes results/closeness-DATASET.json.
+codec decodes them. What a model has generated is measured again with its coarse codes alone decoded. Every set of clips
+is drawn anew with other seeds, so that one can see by how much chance alone moves a figure. Prints a table and writes
+results/closeness-DATASET.json.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
-from experiments import machine
+from experiments import machine, write
 from mel import FRAME_RATE, SAMPLE_RATE, log_mel
 from model import CheckpointError
 from sample import generate, load
@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
     parser.add_argument("--temperature", nargs="+", default=["0.8:0.8", "1:1", "0.8:0.4", "1:0.5"], metavar="T:F",
                         help="of the coarse and of the finer codes (default: 0.8:0.8 1:1 0.8:0.4 1:0.5)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, help="sets of clips of each, from seed 0 (default: %(default)s)")
     args = parser.parse_args()
 
     try:
@@ -79,8 +79,8 @@ def main():
         fine = all(len(pair) == 2 and min(pair) >= 0 for pair in temperatures)
     except ValueError:
         fine = False
-    if args.clips < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6 or not fine:
-        parser.error("--clips must be at least 1, --seconds more than a few frames, --temperature like 1:0.5")
+    if min(args.clips, args.seeds) < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6 or not fine:
+        parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames, --temperature like 1:0.5")
     models = {path: load(path) for path in args.checkpoints}
     codec = models[args.checkpoints[0]][1]
     if any(other.checksum != codec.checksum for _, other, _ in models.values()):
@@ -89,33 +89,36 @@ def main():
     real = statistics(val)
     rows = []
 
-    def compare(name, waves, **facts):
-        rows.append({"what": name, "distance": round(frechet(statistics(waves), real), 2), **facts})
-        print(f"| {name} | {rows[-1]['distance']:.2f} |", flush=True)
+    def compare(name, sets, **facts):
+        by_seed = [round(frechet(statistics(waves), real), 2) for waves in sets]
+        rows.append({"what": name, "distance": round(np.mean(by_seed), 2), "by_seed": by_seed, **facts})
+        print(f"| {name} | {rows[-1]['distance']:.2f} | {' '.join(f'{d:.2f}' for d in by_seed)} |", flush=True)
 
-    print(f"| {args.dataset}, against {len(val)} validation clips | distance |\n|---|---|")
-    compare("training clips", train)
+    print(f"| {args.dataset}, against {len(val)} validation clips | distance | by seed |\n|---|---|---|")
+    compare("training clips", [train])
     for k in (codec.n_codebooks, 1):
         compare(f"validation clips, {k} codebook{'s' * (k > 1)} decoded",
-                [codec.decode(codec.encode(wave[None], k))[0] for wave in val])
+                [[codec.decode(codec.encode(wave[None], k))[0] for wave in val]])
     for path, (model, _, checkpoint) in models.items():
         for temperature, finer in temperatures:
-            generator = torch.Generator().manual_seed(args.seed)
-            codes, waves = zip(*generate(model, codec, round(args.seconds * FRAME_RATE), args.clips, None,
-                                         temperature, finer, generator=generator))
+            sets = []
+            for seed in range(args.seeds):
+                generator = torch.Generator().manual_seed(seed)
+                codes, waves = zip(*generate(model, codec, round(args.seconds * FRAME_RATE), args.clips, None,
+                                             temperature, finer, generator=generator))
+                sets.append((torch.cat(codes, dim=-1), torch.cat(waves, dim=1)))
             name = f"{Path(path).stem}, temperature {temperature:g}, finer codes {finer:g}"
             facts = {"checkpoint": path, "preset": checkpoint["preset"], "val_nll": checkpoint["val_nll"],
                      "temperature": temperature, "finer_temperature": finer}
-            compare(name, torch.cat(waves, dim=1), n_codebooks=model.config.n_codebooks, **facts)
+            compare(name, [waves for _, waves in sets], n_codebooks=model.config.n_codebooks, **facts)
             if model.config.n_codebooks > 1:
-                coarse = codec.decode(torch.cat(codes, dim=-1)[:, :1])
-                compare(f"{name}, only the coarse code decoded", coarse, n_codebooks=1, **facts)
+                compare(f"{name}, only the coarse code decoded", [codec.decode(codes[:, :1]) for codes, _ in sets],
+                        n_codebooks=1, **facts)
     out = Path(__file__).parent.parent / "results" / f"closeness-{Path(args.dataset).name}.json"
     command = f"python notebooks/closeness.py {args.dataset} {' '.join(args.checkpoints)}"
-    out.write_text(json.dumps({"command": command, "codec": codec.name, "codec_checksum": codec.checksum,
-                               "clips": args.clips, "seconds": args.seconds, "seed": args.seed,
-                               "machine": machine(torch.get_num_threads()), "torch": torch.__version__,
-                               "rows": rows}, indent=1) + "\n")
+    write(out, {"command": command, "codec": codec.name, "codec_checksum": codec.checksum, "clips": args.clips,
+                "seconds": args.seconds, "seeds": args.seeds, "machine": machine(torch.get_num_threads()),
+                "torch": torch.__version__, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def main():
     parser.add_argument("checkpoints", nargs="+", help="of train.py")
     parser.add_argument("--clips", type=int, default=32, help="to generate with each (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
-    parser.add_argument("--temperature", nargs="+", default=["0.8:0.8", "1:1", "0.8:0.4", "1:0.5"], metavar="T:F",
-                        help="of the coarse and of the finer codes (default: 0.8:0.8 1:1 0.8:0.4 1:0.5)")
+    parser.add_argument("--temperature", nargs="+", default=["0.8:0.8", "1:1", "1:0.5"], metavar="T:F",
+                        help="of the coarse and of the finer codes (default: 0.8:0.8 1:1 1:0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="sets of clips of each, from seed 0 (default: %(default)s)")
     args = parser.parse_args()
 

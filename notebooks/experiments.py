@@ -18,6 +18,7 @@ leak      `nano` with a mel that looks ahead; one seed, as all but gap and strea
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `nano`'s size
 size      both models narrower and wider, the learning rate in inverse proportion to the width
+noise     `nano-all` and `nano` with noise on the mel they are trained on: what one hears of oneself is not perfect, either
 context   both models with more and fewer positions, as many targets a step
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
@@ -58,10 +59,12 @@ EXPERIMENTS = {                                               # question: {model
                 for n, inner in ((0, 584), (2, 440), (4, 296))}},
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
              for n in (64, 192, 256) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
+    "noise": {"nano-all-noise": [*NANO[:2], "--mel-codebooks", "8", "--set", "mel_noise=0.5"],
+              "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (32, 64, 128, 512) for name, options in (("nano", NANO), ("nano-gpt", GPT))}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-TWINS = {model: twin if (twin := model.replace("nano", "nano-gpt", 1)) in MODELS else "nano-gpt"
+TWINS = {model: twin if (twin := model.replace("nano", "nano-gpt", 1).removesuffix("-noise")) in MODELS else "nano-gpt"
          for model in MODELS if not model.startswith("nano-gpt")}             # what a gain is measured against
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2")
 TRAIN = [sys.executable, str(ROOT / "train.py")]

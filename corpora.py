@@ -8,10 +8,10 @@ corpora.py: published corpora, from their official addresses to a folder of audi
     name               what                                                                      download    licence
     librispeech        100.6 h of read English, 251 speakers; 5.4 h of 40 others validate          6.7 GB    CC BY 4.0
     librispeech-mini   those 5.4 h alone, about one speaker in ten validates                       0.3 GB    CC BY 4.0
-    fma                66 h of music, 8,000 tracks of 30 s in eight genres, by their artists       7.7 GB    CC, each its own
+    fma                66 h of music, 8,000 tracks of 30 s in eight genres                         7.7 GB    CC, various
 
-LibriSpeech (Panayotov et al., ICASSP 2015) is the paper's. FMA small (Defferrard et al., 1612.01840) is the music corpus
-because it is real recordings of many styles, published as one archive with a checksum, under licences that allow
+LibriSpeech (Panayotov et al., ICASSP 2015) is the paper's. FMA small (Defferrard et al., 1612.01840) is the music
+corpus because it is real recordings of many styles, published as one archive with a checksum, under licences that allow
 research; MusicNet and MAESTRO are of one instrument family each, and GTZAN has no licence at all.
 
 An archive is taken for what it is called only if its checksum is the one its publishers print. Nothing in it can write
@@ -125,9 +125,10 @@ def _path(archive, home):
 
 
 def download(archive, home):
-    """Fetch an `Archive` into the folder `home` -> its path, its checksum verified. Goes on where an earlier call ended.
+    """Fetch an `Archive` into the folder `home` -> its path, its checksum verified.
 
-    A connection that stalls, breaks off or meets a busy server is made anew, from the byte that is missing.
+    It goes on where an earlier call ended. A connection that stalls, breaks off or meets a busy server is made anew,
+    from the byte that is missing.
     """
     path, idle, problem = _path(archive, home), 0, None
     if path.exists() and _is_right(path, archive):            # an earlier call ended while it was unpacking this
@@ -174,8 +175,8 @@ def _receive(url, path, have, bar):
         length = reply.headers.get("Content-Length")
         total = have + int(length) if length else None
         if total and shutil.disk_usage(path.parent).free < 2 * total - have:              # packed and unpacked
-            raise DataError(f"{path.parent} has not the {(2 * total - have) / 1e9:.1f} GB of free space that {path.name} "
-                            "needs, packed and unpacked: make room, or let it be a link to a larger disk")
+            raise DataError(f"{path.parent} has not the {(2 * total - have) / 1e9:.1f} GB of free space that "
+                            f"{path.name} needs, packed and unpacked: make room, or let it be a link to a larger disk")
         bar.total, bar.n = total, have
         with open(path, "r+b" if have else "wb") as file:
             file.seek(have)

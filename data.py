@@ -294,7 +294,8 @@ def _encode(home, folder, files, codec, made_with, title, quiet):
         batches.append(todo[:n])
         todo = todo[n:]
     work = torch.utils.data.DataLoader(_Encoding(home, batches, folder, files, codec, made_with), batch_size=None,
-                                       num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0, in_order=False)
+                                       num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0,
+                                       in_order=False)
     total, problems = sum(size for _, size, _ in files), {}
     with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, desc=title, disable=quiet) as bar:
         for i, problem in work:
@@ -320,7 +321,7 @@ def _join(home, dataset, name, names, made_with, problems):
     clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable]
     if len(clips) == 1:
         if n_frames < 10:
-            raise DataError(f"dataset '{name}' holds {n_frames} frames in one file: too few to train and to validate on")
+            raise DataError(f"dataset '{name}' holds {n_frames} frames in one file: too few to train and validate on")
         print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
         cut = n_frames - max(1, n_frames // 10)
         clips, used, is_val, lengths = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True], [cut]

@@ -336,8 +336,8 @@ def main():
     lr, norm = 0.0, torch.zeros(())
 
     def diverged(what):
-        sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; the last good checkpoint is "
-                 f"{last}; start anew with a lower --lr (and --overwrite)")
+        sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; the last good checkpoint "
+                 f"is {last}; start anew with a lower --lr (and --overwrite)")
 
     while True:
         seconds = time.time() - start
@@ -416,7 +416,7 @@ if __name__ == "__main__":
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        sys.exit("error: no space left for the files of --out; those written before are whole: make room, then continue "
-                 "with --resume")
+        sys.exit("error: no space left for the files of --out; those written before are whole: make room, then "
+                 "continue with --resume")
     except KeyboardInterrupt:                                 # before the first step; later the loop sees to it
         sys.exit(130)

@@ -451,8 +451,8 @@ def main():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
     parser.add_argument("--steps", type=int, default=16_000, help="of training")
-    parser.add_argument("--adversarial", type=float, default=1.0, help="part of the steps after which the discriminator "
-                        "joins, 1: never. It costs many times the codec's own arithmetic: for a GPU")
+    parser.add_argument("--adversarial", type=float, default=1.0, help="part of the steps after which the "
+                        "discriminator joins, 1: never. It costs many times the codec's own arithmetic: for a GPU")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--frames", type=int, default=48, help="length of a training crop, 1/75 s each")
     parser.add_argument("--n-filters", type=int, default=16)

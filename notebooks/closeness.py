@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
     parser.add_argument("--temperature", nargs="+", default=["0.8:0.8", "1:1", "1:0.5"], metavar="T:F",
                         help="of the coarse and of the finer codes (default: 0.8:0.8 1:1 1:0.5)")
-    parser.add_argument("--seeds", type=int, default=3, help="sets of clips of each, from seed 0 (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="sets of clips, from seed 0 on (default: %(default)s)")
     args = parser.parse_args()
 
     try:
@@ -80,7 +80,8 @@ def main():
     except ValueError:
         fine = False
     if min(args.clips, args.seeds) < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6 or not fine:
-        parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames, --temperature like 1:0.5")
+        parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames, --temperature like "
+                     "1:0.5")
     models = {path: load(path) for path in args.checkpoints}
     codec = models[args.checkpoints[0]][1]
     if any(other.checksum != codec.checksum for _, other, _ in models.values()):

@@ -18,7 +18,7 @@ leak      `nano` with a mel that looks ahead; one seed, as all but gap and strea
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `nano`'s size
 size      both models narrower and wider, the learning rate in inverse proportion to the width
-noise     `nano-all` and `nano` with noise on the mel they are trained on: what one hears of oneself is not perfect, either
+noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
 context   both models with more and fewer positions, as many targets a step
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
@@ -64,8 +64,9 @@ EXPERIMENTS = {                                               # question: {model
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (32, 64, 128, 512) for name, options in (("nano", NANO), ("nano-gpt", GPT))}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-TWINS = {model: twin if (twin := model.replace("nano", "nano-gpt", 1).removesuffix("-noise")) in MODELS else "nano-gpt"
-         for model in MODELS if not model.startswith("nano-gpt")}             # what a gain is measured against
+TWINS = {model: twin if (twin := model.replace("nano", "nano-gpt", 1)) in MODELS else        # what a gain is measured
+         "nano-gpt" if "--n-codebooks" in options else "nano-gpt-all"                        # against: as many codes
+         for model, options in MODELS.items() if not model.startswith("nano-gpt")}
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 HOW = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -545,3 +546,22 @@ def test_the_unigram_figure_is_add_one_cross_entropy(tmp_path, tiny_codec):
     val = [int(c) for a, b in dataset.val for c in dataset.codes[a:b, 0]]
     plain = -sum(math.log((train.count(c) + 1) / (len(train) + 1024)) for c in val) / len(val)
     assert abs(dataset.unigram_nll() - plain) < 1e-9
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own memory from /proc")
+def test_a_hundred_hours_take_no_more_memory_than_their_batches(tmp_path):
+    n, resident = 100 * 3600 * 75, lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    home = tmp_path / "home"
+    numbered(home, [500, 500], [False, True])
+    for name, shape, dtype in (("codes", (n, 8), np.uint16), ("mel", (n, 80), np.float16)):
+        np.lib.format.open_memmap(home / f"{name}.npy", "w+", dtype, shape)        # a sparse file: it takes no disk
+    ends = np.arange(1500, n + 1, 1500)                                            # clips of 20 seconds
+    np.save(home / "clips.npy", np.stack([ends - 1500, ends], axis=1))
+    names = [{"name": str(i), "val": i % 100 == 0} for i in range(len(ends))]
+    (home / "meta.json").write_text(json.dumps({"clips": names}))
+    dataset = Dataset(home)
+    dataset.batch(0, 0, 16, 256)
+    before = resident()
+    for step in range(200):                                                        # 144 MB pass by
+        dataset.batch(0, step, 16, 256)
+    assert resident() - before < 30e6

@@ -64,6 +64,14 @@ def test_the_bootstrap_interval_holds_the_mean_and_narrows_with_the_clips():
     assert experiments.bootstrap(np.full((3, 8), 0.25), np.ones(8)) == pytest.approx((0.25, 0.25, 0.25))
 
 
+def test_a_model_is_compared_with_one_that_predicts_as_many_codes_from_as_long_a_past():
+    def matters(model):
+        words = experiments.MODELS[model]
+        return {a: b for a, b in zip(words, words[1:]) if a in ("--n-codebooks", "--context", "--batch-size")}
+    for model, twin in experiments.TWINS.items():
+        assert matters(model) == matters(twin) and model != twin
+
+
 def test_an_experiments_list_stays_on_a_line(tmp_path):
     experiments.write(tmp_path / "a.json", {"a": 1, "clip_nll": [1.5, 2.25], "scores": {"0": {"clips": [3, 4]}}})
     assert '"clip_nll": [ 1.5, 2.25 ]' in (tmp_path / "a.json").read_text()

@@ -300,6 +300,7 @@ def link(name, target, kind=tarfile.SYMTYPE):
 
 @pytest.mark.parametrize("member", [
     {"../evil.flac": b"x"}, {"/tmp/evil.flac": b"x"}, {"LibriSpeech/dev-clean/../../../evil.flac": b"x"},
+    {"LibriSpeech/dev-clean/..\\..\\evil.flac": b"x"},
     {"LibriSpeech/dev-clean/l": link("LibriSpeech/dev-clean/l", "/etc/passwd")},
     {"LibriSpeech/dev-clean/h": link("LibriSpeech/dev-clean/h", "../../../etc/passwd", tarfile.LNKTYPE)},
     {"LibriSpeech/dev-clean/fifo": link("LibriSpeech/dev-clean/fifo", "", tarfile.FIFOTYPE)}])
@@ -322,7 +323,10 @@ def test_a_link_in_a_zip_is_refused(tmp_path):
         corpora.unpack(path, corpora.FMA_SMALL, tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", tar({"LibriSpeech/dev-clean/84/a.flac": b"x" * 9999})[:-30]])
+WHOLE = tar({"LibriSpeech/dev-clean/84/a.flac": "".join(map(str, range(99_999))).encode()})
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", WHOLE[:99_999], WHOLE[:80_000] + WHOLE[99_999:]])
 def test_a_damaged_archive_is_one_clear_line_and_leaves_no_folder(tmp_path, content):
     path = tmp_path / "dev-clean.tar.gz"
     path.write_bytes(content)

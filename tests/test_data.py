@@ -231,6 +231,13 @@ def test_a_header_with_an_absurd_sample_rate_is_refused(tmp_path, rate):
         list(read_audio(tmp_path / "a.wav"))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
+def test_samples_that_no_sound_has_are_refused_by_name(tmp_path, value):
+    soundfile.write(tmp_path / "loud.wav", np.array([0.0, value] * 500), SAMPLE_RATE, subtype="FLOAT")
+    with pytest.raises(DataError, match="loud.wav: holds NaN or infinite samples, or some beyond a billion"):
+        list(read_audio(tmp_path / "loud.wav"))
+
+
 def test_many_channels_are_read_in_smaller_blocks(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.repeat(noise(12.0), 64, axis=1), SAMPLE_RATE)
     with mock.patch.object(data.soundfile.SoundFile, "read", autospec=True,
@@ -374,7 +381,8 @@ def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny
     with corpora.alone(tmp_path / "cache"):
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         assert "waiting for another process" in process.stderr.readline()
-        assert caches(tmp_path / "cache") == []
+        time.sleep(1)                                         # all it needs is a moment
+        assert process.poll() is None and caches(tmp_path / "cache") == []
     assert process.wait(60) == 0
     assert caches(tmp_path / "cache") == [prepare(folder, tiny_codec, tmp_path / "cache", quiet=True).key]
 

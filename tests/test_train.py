@@ -400,6 +400,36 @@ def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(run, tmp_p
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_a_model_whose_validation_loss_is_not_finite_is_never_saved(run, tmp_path, monkeypatch):
+    validation, calls = data.Dataset.validation, []
+
+    def broken(*args):
+        calls.append(args)
+        for codes, mel, *rest in validation(*args):
+            yield codes, mel * (math.nan if len(calls) == 2 else 1), *rest
+    monkeypatch.setattr(data.Dataset, "validation", broken)
+    assert_refused(run(tmp_path), "the validation loss is no longer finite at step 2", "out.last.pt")
+    assert [load_checkpoint(tmp_path / f"{name}.pt")[1]["step"] for name in ("out", "out.last")] == [0, 0]
+
+
+def test_a_log_that_breaks_off_in_mid_line_is_no_obstacle(run, trained, tmp_path):
+    shutil.copy(trained / "out.last.pt", tmp_path)
+    (tmp_path / "out.jsonl").write_bytes((trained / "out.jsonl").read_bytes()[:-20])
+    assert run(tmp_path, "--resume", small=False).code == 0
+    figures = [[e["val_nll"] for e in evaluations(folder / "out.jsonl")] for folder in (trained, tmp_path)]
+    assert figures[0] == figures[1]
+
+
+def test_overwriting_a_run_leaves_nothing_of_it_to_continue(run, trained, tmp_path, monkeypatch):
+    shutil.copy(trained / "out.last.pt", tmp_path)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data.Dataset, "validation", stop)
+    assert run(tmp_path, "--overwrite").code == 130
+    assert not (tmp_path / "out.last.pt").exists()
+
+
 # ----------------------------------------------------------------------------- published corpora
 
 def test_a_published_corpus_is_trained_on_by_its_name(run, tmp_path, clips, monkeypatch):

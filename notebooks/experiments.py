@@ -2,12 +2,12 @@
 experiments.py: does the mel help, how much, and why? Runs train.py many times and writes one small file a run into
 results/.
 
-    python notebooks/experiments.py speech music              # 34 runs of 300 steps, two at a time, one thread each
+    python notebooks/experiments.py speech music              # 36 runs of 300 steps, two at a time, one thread each
     python notebooks/experiments.py speech --only streams     # another of the questions below
     python notebooks/experiments.py speech music --table      # only print the tables of what is there
 
 The question needs a fair comparison: `nano` (tokens and mel) and `nano-gpt` (tokens only) have the same size, batches,
-steps, dropout and schedule, and predict the coarse code; each may choose its learning rate from the same three, by
+steps, dropout and schedule, and predict the coarse code; each may choose its learning rate from the same four, by
 validation NLL on the first dataset with seed 0, and keeps it for the other datasets, seeds and questions.
 
 gap       what is gained with the recording's mel, and what is left of it with the mel that sampling shows: `nano`,
@@ -67,7 +67,7 @@ MODELS = {model: options for models in EXPERIMENTS.values() for model, options i
 TWINS = {model: twin if (twin := model.replace("nano", "nano-gpt", 1)) in MODELS else        # what a gain is measured
          "nano-gpt" if "--n-codebooks" in options else "nano-gpt-all"                        # against: as many codes
          for model, options in MODELS.items() if not model.startswith("nano-gpt")}
-LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2")
+LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 HOW = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 

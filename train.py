@@ -192,9 +192,14 @@ def learning_rate(step, args):
     return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def terminated(*_):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # or torch would report the helpers that got it, too
+    sys.exit(143)
+
+
 def main():
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # while preparing; later the loop sees to it
+    signal.signal(signal.SIGTERM, terminated)                 # while preparing; later the loop sees to it
     device = choose_device(args.device)
     if WORLD > 1:
         if args.eval:

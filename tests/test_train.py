@@ -100,7 +100,7 @@ def own_clips(clips, tmp_path_factory):
     folder, there = tmp_path_factory.mktemp("process") / f"test-{os.getpid()}", data.CACHE.exists()
     shutil.copytree(clips, folder)
     yield folder
-    for entry in data.CACHE.glob(f"{folder.name}-*"):
+    for entry in [*data.CACHE.glob(f"{folder.name}-*"), *data.CACHE.glob(f".{folder.name}-*")]:
         shutil.rmtree(entry)
     if not there and data.CACHE.exists() and not any(data.CACHE.iterdir()):
         data.CACHE.rmdir()
@@ -333,6 +333,44 @@ def test_a_signal_ends_the_run_with_its_state_saved_and_says_how_to_go_on(own_cl
     assert "continue with: python train.py --resume --out out.pt" in out
     step = torch.load(tmp_path / "out.last.pt", weights_only=True)["step"]
     assert step >= 20 and f"stopped at step {step};" in out
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_preparing_ends_the_run_without_a_word(own_clips, tiny_codec_file, tmp_path, number, code):
+    """Nothing is trained yet: no file of --out is there, and the same command goes on with the files that are missing."""
+    shutil.rmtree(own_clips)
+    write_clips(own_clips, [16] * 4)                          # so much that it cannot be over before the signal
+    command = [sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file, "--steps", "1", "--context",
+               "32", "--batch-size", "2", "--device", "cpu", "--model", "nano"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    try:
+        while not list(data.CACHE.glob(f".{own_clips.name}-*/clips/*.part")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        os.killpg(process.pid, number)                        # a terminal's Ctrl-C reaches the helpers, too
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code and "Traceback" not in err, err
+    assert list(tmp_path.iterdir()) == []
+    assert subprocess.run(command, cwd=tmp_path, timeout=120).returncode == 0
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(run, tmp_path):
+    """The first lets the step finish; whoever does not want to wait loses what came after the last evaluation."""
+    batch = data.Dataset.batch
+
+    def impatient(self, seed, step, *args):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(self, seed, step, *args)
+    with mock.patch.object(data.Dataset, "batch", impatient):
+        result = run(tmp_path)
+    assert result.code == 130 and "stopped" not in result.out
+    assert torch.load(tmp_path / "out.last.pt", weights_only=True)["step"] == 2
+    assert run(tmp_path, "--resume", small=False).code == 0
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path):

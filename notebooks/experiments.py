@@ -18,6 +18,7 @@ leak      `nano` with a mel that looks ahead; one seed, as all but gap and strea
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `nano`'s size
 size      both models narrower and wider, the learning rate in inverse proportion to the width
+steps     the models of the gap that predict the coarse code, trained four times as long
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
 context   both models with more and fewer positions, as many targets a step
 
@@ -59,14 +60,18 @@ EXPERIMENTS = {                                               # question: {model
                 for n, inner in ((0, 584), (2, 440), (4, 296))}},
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
              for n in (64, 192, 256) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
+    "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in
+              (("nano", NANO), ("nano-heard", [*NANO, "--mel-codebooks", "8"]), ("nano-gpt", GPT))},
     "noise": {"nano-all-noise": [*NANO[:2], "--mel-codebooks", "8", "--set", "mel_noise=0.5"],
               "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (32, 64, 128, 512) for name, options in (("nano", NANO), ("nano-gpt", GPT))}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-TWINS = {model: twin if (twin := model.replace("nano", "nano-gpt", 1)) in MODELS else        # what a gain is measured
-         "nano-gpt" if "--n-codebooks" in options else "nano-gpt-all"                        # against: as many codes
-         for model, options in MODELS.items() if not model.startswith("nano-gpt")}
+TWINS = {}                                                    # what a gain is measured against: a model of tokens only
+for model, options in MODELS.items():                         # that is otherwise the same, or predicts as many codes
+    if not model.startswith("nano-gpt"):
+        twin = model.replace("-heard", "").replace("nano", "nano-gpt", 1)
+        TWINS[model] = twin if twin in MODELS else "nano-gpt" if "--n-codebooks" in options else "nano-gpt-all"
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 HOW = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -64,7 +64,7 @@ def parse_arguments():
     add("--accumulate", type=int, default=1,
         help="split each batch into so many, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate; warm-up, then cosine to a tenth (default: 1.2e-2 for the "
-        "nano models, the best of three at 300 steps, 1e-3 for larger ones)")
+        "nano models, the best of four at 300 steps, 1e-3 for larger ones)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")

@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from corpora import CORPORA, DataError, alone, disk_full, fetch
-from mel import FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, StreamingLogMel
+from mel import FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, WINDOW, StreamingLogMel, check_window
 from tokens import CODEBOOK_SIZE
 
 START = CODEBOOK_SIZE                # as in model.py: the code shown before a clip
@@ -95,19 +95,19 @@ def read_blocks(path, n):
     yield rest
 
 
-def encode_files(paths, codec, mel_codebooks=0, lookahead=0):
+def encode_files(paths, codec, mel_codebooks=0, lookahead=0, window=WINDOW):
     """Encode files side by side, block by block: yields (i, codes (t, K) uint16, mel (t, 80) float16) of paths[i].
 
     Everything is causal, so a file that ends before others is padded and what the padding gives is left out. At the
     end of each file comes (i, problem, None), problem: None, or why it cannot be used.
-    mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. lookahead: as
-    in `log_mel`.
+    mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. lookahead,
+    window: as in `log_mel`.
     """
     block_size = BLOCK if codec.device.type == "cuda" else max(BLOCK // len(paths) // HOP, 1) * HOP      # bounds memory
-    encoder, spectrogram = codec.stream_encoder(), StreamingLogMel(lookahead)
+    encoder, spectrogram = codec.stream_encoder(), StreamingLogMel(lookahead, window)
     decoder = codec.stream_decoder() if mel_codebooks else None
     readers, waiting = {i: read_blocks(path, block_size) for i, path in enumerate(paths)}, set(range(len(paths)))
-    n_samples, problems, done, codes = [0] * len(paths), {}, 0, None
+    n_samples, problems, done, decoded, codes = [0] * len(paths), {}, 0, 0, None
     while waiting:
         waves, longest, flush = np.zeros((len(paths), block_size), np.float32), 0, not readers
         for i, reader in list(readers.items()):
@@ -121,11 +121,14 @@ def encode_files(paths, codec, mel_codebooks=0, lookahead=0):
             if len(block) < block_size:
                 del readers[i]
         # when all have ended, a mel that looks ahead still wants to see the silence after them
-        wave = torch.from_numpy(waves[:, :lookahead if flush else longest]).to(codec.device)
+        wave = torch.from_numpy(waves[:, :max(0, lookahead) if flush else longest]).to(codec.device)
         new = encoder.push(wave)                              # (B, K, t)
         codes = new if codes is None else torch.cat([codes, new], dim=-1)
         if decoder and not flush:
             wave = decoder.push(new[:, :mel_codebooks])
+            for i, n in enumerate(n_samples):                 # a mel that looks ahead must not see decoded padding
+                wave[i, max(0, n // HOP * HOP - decoded):] = 0
+            decoded += wave.shape[1]
         mel = spectrogram.push(wave)                          # (B, u, 80); with a lookahead they come later
         ready, codes = codes[..., :mel.shape[1]], codes[..., mel.shape[1]:]
         for i in sorted(waiting):
@@ -185,11 +188,11 @@ def split_clips(names, dataset=None):
     return [h < threshold for h in hashes]
 
 
-def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead=0):
+def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead=0, window=WINDOW):
     """Encode a dataset with a codec, unless that is done already, and open it.
 
-    dataset: `speech`, `music`, a name of corpora.py or a folder, searched recursively. mel_codebooks, lookahead: as in
-    `encode_files`. Returns a `Dataset`. The cache lies in `cache/`, under a key made of everything that its content
+    dataset: `speech`, `music`, a name of corpora.py or a folder, searched recursively. mel_codebooks, lookahead,
+    window: as in `encode_files`. Returns a `Dataset`. The cache lies in `cache/`, under a key made of everything that its content
     depends on: files (path, size, time), codec and its checksum, mel settings. Files that cannot be used are skipped
     and named in one line.
     Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be had or the disk is full.
@@ -197,15 +200,17 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead
     if not 0 <= mel_codebooks <= codec.n_codebooks:
         raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
                         f"{mel_codebooks} decode to")
-    if not 0 <= lookahead <= N_FFT - HOP:
-        raise DataError(f"a lookahead of {lookahead} samples: it must lie between 0 and {N_FFT - HOP}")
+    try:
+        check_window(lookahead, window)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     folder, names = find_audio(dataset, cache)
     split_clips(names, dataset)                               # an unclear split is found now, not after encoding
     sizes = [(folder / name).stat() for name in names]
     files = [(name, size.st_size, size.st_mtime_ns) for name, size in zip(names, sizes)]
     made_with = {"format": 2, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mel_floor": FLOOR,
-                 "mel_codebooks": mel_codebooks, "lookahead": lookahead}
+                 "mel_codebooks": mel_codebooks, "lookahead": lookahead, "window": window}
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
     home = Path(cache) / f"{name}-{Path(codec.name).name}-{key}"
@@ -251,7 +256,7 @@ class _Encoding(torch.utils.data.IterableDataset):
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
             for i, codes, mel in encode_files([self.folder / self.files[clip][0] for clip in batch], self.codec,
-                                              self.made_with["mel_codebooks"], self.made_with["lookahead"]):
+                                              *(self.made_with[key] for key in ("mel_codebooks", "lookahead", "window"))):
                 if mel is not None:
                     rows = np.empty(len(mel), _row(self.made_with))
                     rows["codes"], rows["mel"] = codes, mel

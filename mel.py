@@ -1,9 +1,9 @@
 """
 mel.py: from a waveform to a causal log-mel spectrogram, every step on the page.
 
-    wave ──frame──▶ 1024 samples ──× Hann──▶ FFT ──|.|²──▶ 513 powers ──× triangles──▶ 80 bands ──log──▶ mel
+    wave ──frame──▶ 1024 samples ──× window──▶ FFT ──|.|²──▶ 513 powers ──× triangles──▶ 80 bands ──log──▶ mel
 
-The one unusual choice is *when* a frame looks. Frame t belongs to samples [t*HOP, (t+1)*HOP), the samples that
+Two choices are unusual. One is *when* a frame looks. Frame t belongs to samples [t*HOP, (t+1)*HOP), the samples that
 one column of codec tokens stands for, and its window ends exactly there:
 
     samples  -64  0          320          640          960          1280
@@ -13,6 +13,11 @@ one column of codec tokens stands for, and its window ends exactly there:
 The usual centred window reaches past (t+1)*HOP, into the audio of the token that a model at this position has to
 predict. That makes the likelihood look better than it is, and cannot be done while sampling. `lookahead` lets the
 window reach past on purpose, to measure how much that leak is worth.
+
+The other is *where* in it a frame listens. The usual Hann window of 1024 samples is nearly deaf at its end, and that
+is where the frame's own 320 samples are: they make a tenth of what it hears. Ours rises for 480 samples and falls in
+the last 32, and they make nearly all of it; the past stands in the frames before. Speech coders, which cannot wait
+either, use such windows (ITU-T G.729, 3.2.1).
 
     >>> log_mel(torch.randn(24000)).shape
     torch.Size([75, 80])
@@ -28,6 +33,8 @@ HOP = 8 * 5 * 4 * 2                  # 320 samples: the product of EnCodec's str
 FRAME_RATE = SAMPLE_RATE // HOP      # 75 frames a second, one clock for mel frames, codec tokens and model positions
 N_FFT = 1024                         # 42.7 ms window
 N_MELS = 80
+WINDOW = (480, 32)                   # samples in which it rises, and in which it falls to zero at the frame's end
+HANN = (N_FFT // 2, N_FFT // 2)      # the usual one
 FLOOR = 1e-5                         # smallest power that enters the logarithm
 
 
@@ -38,6 +45,11 @@ def hann_window(n_fft):
     """
     n = torch.arange(n_fft, dtype=torch.float64)
     return (0.5 - 0.5 * torch.cos(2 * math.pi * n / n_fft)).float()
+
+
+def late_window(n_fft, rise, fall):
+    """Half a Hann window of 2 * rise samples, then half one of 2 * fall, zeros before them. Returns (n_fft,) float32."""
+    return torch.cat([torch.zeros(n_fft - rise - fall), hann_window(2 * rise)[:rise], hann_window(2 * fall)[fall:]])
 
 
 def hz_to_mel(hz):
@@ -74,20 +86,18 @@ def mel_filterbank(n_fft=N_FFT, n_mels=N_MELS, sample_rate=SAMPLE_RATE):
 
 
 @functools.lru_cache(maxsize=32)
-def _constants(n_fft, n_mels, device):
+def _constants(n_fft, n_mels, window, device):
     """Window and filterbank on a device, made once."""
     with torch.inference_mode(False):          # a cached inference tensor could not be used in training later
-        return hann_window(n_fft).to(device), mel_filterbank(n_fft, n_mels).to(device)
+        return late_window(n_fft, *window).to(device), mel_filterbank(n_fft, n_mels).to(device)
 
 
 def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
     """Cut overlapping windows: frame t is wave[(t+1)*hop + lookahead - n_fft : (t+1)*hop + lookahead].
 
     wave (..., N) -> (..., N // hop, n_fft), a view of the padded wave. Samples before the start and after the end are
-    zero. Raises ValueError if lookahead is not in [0, n_fft - hop].
+    zero.
     """
-    if not 0 <= lookahead <= n_fft - hop:
-        raise ValueError(f"lookahead is {lookahead} samples; it must lie in [0, n_fft - hop] = [0, {n_fft - hop}]")
     n_frames = wave.shape[-1] // hop
     wave = F.pad(wave[..., : n_frames * hop + lookahead], (n_fft - hop - lookahead, lookahead))
     if n_frames == 0:
@@ -95,29 +105,53 @@ def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
     return wave.unfold(-1, n_fft, hop)[..., :n_frames, :]                                 # (..., T, n_fft)
 
 
-def mel_power(frames, n_mels=N_MELS):
-    """Windows of samples to the power in each mel band: (..., T, n_fft) -> (..., T, n_mels)."""
+def mel_power(frames, n_mels=N_MELS, window=None):
+    """Stretches of samples to the power in each mel band: (..., T, n_fft) -> (..., T, n_mels).
+
+    window: (rise, fall) as in `late_window`; None: the Hann window.
+    """
     if frames.numel() == 0:                    # some FFT libraries refuse an empty batch
         return frames.new_zeros(*frames.shape[:-1], n_mels)
-    window, filterbank = _constants(frames.shape[-1], n_mels, frames.device)
+    n_fft = frames.shape[-1]
+    weights, filterbank = _constants(n_fft, n_mels, window or (n_fft // 2, n_fft // 2), frames.device)
     at_once = 256 if frames.device.type == "cpu" else frames.shape[-2]        # what fits into a processor's cache
     power = []
     for some in frames.split(at_once, dim=-2):
-        spectrum = torch.fft.rfft(some * window)                              # (..., t, n_fft // 2 + 1)
+        spectrum = torch.fft.rfft(some * weights)                             # (..., t, n_fft // 2 + 1)
         power.append((spectrum.real.square() + spectrum.imag.square()) @ filterbank)
     return torch.cat(power, dim=-2)
 
 
-def log_mel(wave, lookahead=0):
+def log_mel(wave, lookahead=0, window=WINDOW):
     """Causal log-mel spectrogram of a 24 kHz waveform.
 
     wave (B, N) or (N,) float32 in [-1, 1] -> (B, T, 80) or (T, 80), T = N // 320; raw natural-log power, not
-    whitened. Frame t depends on samples before (t+1)*HOP + lookahead only. Differentiable, on any device.
-    Raises ValueError for another number of dimensions or a bad lookahead.
+    whitened. Frame t depends on samples before (t+1)*HOP only. Differentiable, on any device.
+    lookahead: for experiments. The window ends so many samples *past* the frame, and what it hears there is a leak; a
+        negative one moves the window as far and cuts it off where the frame ends, which shows what else the move does
+    window: (rise, fall) as in `late_window`; HANN where nothing is predicted
+    Raises ValueError for another number of dimensions, or a window or lookahead that does not fit into 1024 samples.
     """
     if wave.dim() not in (1, 2):
         raise ValueError(f"log_mel takes a waveform (N,) or (B, N), not a tensor of shape {tuple(wave.shape)}")
-    return mel_power(frame(wave, lookahead=lookahead)).clamp(min=FLOOR).log()
+    check_window(lookahead, window)
+    return _log_mel(frame(wave, lookahead=max(0, lookahead)), lookahead, window)
+
+
+def check_window(lookahead, window):
+    """Raise ValueError unless the window rises and falls, and fits."""
+    if not abs(lookahead) <= N_FFT - HOP:
+        raise ValueError(f"lookahead is {lookahead} samples; it must lie in [-{N_FFT - HOP}, {N_FFT - HOP}]")
+    if not (min(window) > 0 and sum(window) <= N_FFT):
+        raise ValueError(f"the window rises for {window[0]} samples and falls for {window[1]}; both must be above 0 and "
+                         f"their sum at most {N_FFT}")
+
+
+def _log_mel(frames, lookahead, window):
+    """Stretches of samples (..., T, 1024) -> (..., T, 80); with a negative lookahead so many move out, and zeros in."""
+    if lookahead < 0:
+        frames = F.pad(frames[..., -lookahead:], (0, -lookahead))
+    return mel_power(frames, window=window).clamp(min=FLOOR).log()
 
 
 class StreamingLogMel:
@@ -128,15 +162,16 @@ class StreamingLogMel:
     those of a frame still incomplete. With a lookahead a frame comes so many samples later: push as many zeros at last.
     """
 
-    def __init__(self, lookahead=0):
-        self.tail, self.lookahead = None, lookahead
+    def __init__(self, lookahead=0, window=WINDOW):
+        check_window(lookahead, window)
+        self.tail, self.lookahead, self.window = None, lookahead, window
 
     def push(self, samples):
         if self.tail is None:
-            self.tail = samples.new_zeros(*samples.shape[:-1], N_FFT - HOP - self.lookahead)
+            self.tail = samples.new_zeros(*samples.shape[:-1], N_FFT - HOP - max(0, self.lookahead))
         wave = torch.cat([self.tail, samples], dim=-1)
         n_frames = max(0, (wave.shape[-1] - (N_FFT - HOP)) // HOP)
         self.tail = wave[..., n_frames * HOP:]
         if n_frames == 0:                      # nothing to unfold
             return samples.new_zeros(*samples.shape[:-1], 0, N_MELS)
-        return mel_power(wave.unfold(-1, N_FFT, HOP)).clamp(min=FLOOR).log()
+        return _log_mel(wave.unfold(-1, N_FFT, HOP), self.lookahead, self.window)

@@ -312,7 +312,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message is one line for a person."""
 
 
-FORMAT = "whisper-gpt-4"             # 3: the mel was standardised, not whitened
+FORMAT = "whisper-gpt-5"             # 4: the window of the mel was symmetric
 
 
 def to_checkpoint(model, **facts):

@@ -31,7 +31,7 @@ import torch
 
 from corpora import DISK_FULL
 from data import DataError, read_audio
-from mel import FRAME_RATE, HOP, SAMPLE_RATE, StreamingLogMel
+from mel import FRAME_RATE, HOP, SAMPLE_RATE, WINDOW, StreamingLogMel
 from model import START, Cache, CheckpointError, load_checkpoint
 from tokens import CodecError, load_codec
 
@@ -47,9 +47,9 @@ def load(path, device="cpu", codec=None, codec_dir=None):
     if model.config.n_input_codebooks > model.config.n_codebooks:
         raise CheckpointError(f"{path} reads {model.config.n_input_codebooks} codebooks and predicts "
                               f"{model.config.n_codebooks}: it can be scored but not sampled")
-    if checkpoint["lookahead"]:
-        raise CheckpointError(f"{path} was trained on a mel that looks {checkpoint['lookahead']} samples ahead: "
-                              "it can be scored but not sampled")
+    if checkpoint["lookahead"] or tuple(checkpoint["window"]) != WINDOW:
+        raise CheckpointError(f"{path} was trained on the mel of --lookahead {checkpoint['lookahead']} --window "
+                              f"{' '.join(map(str, checkpoint['window']))}: it can be scored but not sampled")
     codec = load_codec(codec or checkpoint["codec"], device, codec_dir)
     if codec.checksum != checkpoint["codec_checksum"]:
         raise CodecError(f"{path} was trained on codes of codec {checkpoint['codec']} "

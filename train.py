@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 from corpora import CORPORA, DISK_FULL
 from data import IGNORE, DataError, prepare
+from mel import WINDOW
 from model import CODEBOOK_SIZE, DEPTH_EVERY, PRESETS, CheckpointError, HybridGPT, load_checkpoint, to_checkpoint
 from tokens import CodecError, load_codec
 
@@ -49,8 +50,11 @@ def parse_arguments():
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
     add("--mel-codebooks", type=int, metavar="K", help="show the mel of what the first K codebooks decode to, as in "
         "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
-    add("--lookahead", type=int, default=0, metavar="N", help="let each mel frame see N samples of the future (192: "
-        "the usual centred window), to measure that leak; the model cannot be sampled (default: %(default)s)")
+    add("--window", type=int, nargs=2, default=WINDOW, metavar=("RISE", "FALL"), help="shape of the mel's window, in "
+        "samples; 512 512 is the Hann window (default: %(default)s; models of another cannot be sampled)")
+    add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
+        "--window 512 512: the usual centred one), to measure what the look into the future is worth; -N: the same, cut "
+        "off where the frame ends (default: %(default)s; models of another cannot be sampled)")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, help="preset of model.py (default: hybrid on a GPU, nano without one)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
@@ -99,6 +103,7 @@ def parse_arguments():
             parser.error(f"--set {word}: wants FIELD=VALUE of model.py's Config, the value of that field's type "
                          "(n_codebooks, context and dropout have options of their own)")
     args.set = fields
+    args.window = tuple(args.window)
     for name in ("warmup", "weight_decay", "seed"):
         if not 0 <= getattr(args, name) < 2**63:              # false for nan, too
             parser.error(f"--{name.replace('_', '-')} must be 0 or more")
@@ -214,7 +219,7 @@ def main():
     checkpoint = None
     if args.eval:
         model, checkpoint = load_checkpoint(args.eval, device)
-        for name in {"dataset", "codec", "mel_codebooks", "lookahead"} - args.given:
+        for name in {"dataset", "codec", "mel_codebooks", "lookahead", "window"} - args.given:
             setattr(args, name, checkpoint[name])
     elif args.resume:
         model, checkpoint = load_checkpoint(last, device)
@@ -253,7 +258,7 @@ def main():
                          "and n_input_codebooks")
     if RANK:
         dist.barrier()                                        # until it is prepared
-    data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, lookahead=args.lookahead)
+    data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, lookahead=args.lookahead, window=tuple(args.window))
     if WORLD > 1 and RANK == 0:
         dist.barrier()
     unigram = data.unigram_nll()
@@ -263,7 +268,7 @@ def main():
     if args.eval:
         figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
         print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name,
-                          "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, **figures,
+                          "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": list(args.window), **figures,
                           "unigram_nll": unigram, "n_params": model.n_params(),
                           "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.astype(int).tolist()}))
         return
@@ -321,7 +326,7 @@ def main():
     print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
-             "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "data_key": data.key}
+             "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": list(args.window), "data_key": data.key}
     where = ("given", "out", "resume", "overwrite", "eval", "device", "dtype", "compile", "codec_dir")
     options = {k: v for k, v in vars(args).items() if k not in where}         # what makes the run what it is
     report({"step": step, "args": options, "n_params": n_params, "context": context, **facts, "device": str(device),

@@ -31,7 +31,7 @@ import soxr
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from mel import SAMPLE_RATE, log_mel
+from mel import HANN, SAMPLE_RATE, log_mel
 from tokens import HOP, load_codec
 from train_codec import load, perplexity
 
@@ -68,7 +68,7 @@ def si_sdr(out, wave):
 
 def compare(out, wave, speech):
     """All measures of one clip, out and wave (N,) float32 -> dict."""
-    mels = [log_mel(torch.from_numpy(w)) for w in (out, wave)]
+    mels = [log_mel(torch.from_numpy(w), window=HANN) for w in (out, wave)]
     row = {"mel distance": (mels[0] - mels[1]).abs().mean().item(), "SI-SDR": si_sdr(out, wave)}
     if speech:
         row["STOI"] = stoi(wave, out, SAMPLE_RATE)

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
 from experiments import machine, write
-from mel import FRAME_RATE, SAMPLE_RATE, log_mel
+from mel import FRAME_RATE, HANN, SAMPLE_RATE, log_mel
 from model import CheckpointError
 from sample import generate, load
 from tokens import CodecError
@@ -38,7 +38,7 @@ def statistics(waves):
     """Clips, (N,) each -> mean (160,) and covariance (160, 160) over all their frames, float64."""
     vectors = []
     for wave in waves:
-        mel = log_mel(wave).double()                                          # (T, 80)
+        mel = log_mel(wave, window=HANN).double()                                # (T, 80)
         vectors.append(torch.cat([mel[:-LAG], mel[LAG:] - mel[:-LAG]], dim=1))
     vectors = torch.cat(vectors)
     return vectors.mean(0), torch.cov(vectors.T)

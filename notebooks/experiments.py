@@ -14,7 +14,10 @@ gap       what is gained with the recording's mel, and what is left of it with t
           `nano-gpt`, and `nano-heard`, which is `nano` trained on the mel of what eight codebooks decode to. `nano-all`
           and `nano-gpt-all` predict all eight, as the presets do, and `nano-all` is trained on that mel, too. Hybrids
           are scored with the mel of the original, of eight codebooks and of one
-leak      `nano` with a mel that looks ahead; one seed, as all but gap and streams: exploratory
+window    `nano` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our kind;
+          one seed, as all but gap and streams: exploratory
+leak      `nano` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which shows
+          what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `nano`'s size
 size      both models narrower and wider, the learning rate in inverse proportion to the width
@@ -51,7 +54,10 @@ NANO, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nan
 EXPERIMENTS = {                                               # question: {model: options of train.py}
     "gap": {"nano": NANO, "nano-heard": [*NANO, "--mel-codebooks", "8"], "nano-gpt": GPT,
             "nano-all": NANO[:2], "nano-gpt-all": GPT[:2]},
-    "leak": {f"nano-leak{n}": [*NANO, "--lookahead", str(n)] for n in (192, 352, 512)},
+    "window": {f"nano-window{rise + fall}": [*NANO, "--window", str(rise), str(fall)]
+               for rise, fall in ((512, 512), (960, 32), (288, 32))},
+    "leak": {f"nano-{how}{n}": [*NANO, "--window", "512", "512", "--lookahead", f"{sign}{n}"]
+             for n in (192, 352, 512) for how, sign in (("leak", ""), ("cut", "-"))},
     "streams": {"nano-mel": [*NANO, "--set", "use_codes=False", "n_inner=656"],
                 **{f"nano-heard{k}": [*NANO, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
                 "nano-codes8": [*GPT, "--set", "n_input_codebooks=8"]},

@@ -130,10 +130,10 @@ def test_the_mel_may_look_ahead(tmp_path, tiny_codec, lookahead):
     np.testing.assert_allclose(dataset.mel, expected, rtol=1e-3, atol=5e-3)
 
 
-@pytest.mark.parametrize("lookahead", [-1, 705])
-def test_a_lookahead_that_is_not_part_of_a_window_is_refused(tmp_path, tiny_codec, lookahead):
-    with pytest.raises(DataError, match="between 0 and 704"):
-        prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, lookahead=lookahead)
+@pytest.mark.parametrize("window", [{"lookahead": -705}, {"lookahead": 705}, {"window": (0, 64)}, {"window": (960, 65)}])
+def test_a_window_that_cannot_be_is_refused(tmp_path, tiny_codec, window):
+    with pytest.raises(DataError, match="704|1024"):
+        prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, **window)
 
 
 def test_a_mel_of_more_codebooks_than_there_are_is_refused(tmp_path, tiny_codec):

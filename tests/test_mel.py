@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import mel
-from mel import (FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, StreamingLogMel, frame, hann_window, hz_to_mel, log_mel,
-                 mel_filterbank, mel_to_hz)
+from mel import (FLOOR, HANN, HOP, N_FFT, N_MELS, SAMPLE_RATE, WINDOW, StreamingLogMel, frame, hann_window, hz_to_mel,
+                 late_window, log_mel, mel_filterbank, mel_to_hz)
 
 REFERENCE = np.load(Path(__file__).with_name("mel_reference.npz"))
 
@@ -38,19 +38,20 @@ def pieces(wave, cuts):
 
 # ----------------------------------------------------------------------------- the numbers
 
-def test_log_mel_equals_torch_stft_of_the_same_frames():
+@pytest.mark.parametrize("window", [WINDOW, HANN, (1023, 1), (100, 200)])
+def test_log_mel_equals_torch_stft_of_the_same_frames(window):
     wave = random_wave(2, 20 * HOP + 17)
     padded = torch.cat([torch.zeros(2, N_FFT - HOP), wave], dim=-1)
-    window = torch.hann_window(N_FFT, periodic=True)
-    spectrum = torch.stft(padded, N_FFT, HOP, window=window, center=False, return_complex=True)     # (2, 513, T)
+    weights = torch.hann_window(N_FFT, periodic=True) if window == HANN else late_window(N_FFT, *window)
+    spectrum = torch.stft(padded, N_FFT, HOP, window=weights, center=False, return_complex=True)     # (2, 513, T)
     expected = (spectrum.abs().square().mT @ mel_filterbank()).clamp(min=FLOOR).log()
-    assert log_mel(wave).shape == expected.shape == (2, 20, N_MELS)
-    assert (log_mel(wave) - expected).abs().max() < 1e-4
+    assert log_mel(wave, window=window).shape == expected.shape == (2, 20, N_MELS)
+    assert (log_mel(wave, window=window) - expected).abs().max() < 1e-4
 
 
 def test_log_mel_equals_librosa_of_the_same_frames():
     expected = torch.from_numpy(REFERENCE["log_mel"])
-    ours = log_mel(torch.from_numpy(REFERENCE["wave"]))
+    ours = log_mel(torch.from_numpy(REFERENCE["wave"]), window=HANN)
     assert ours.shape == expected.shape
     assert expected.min() > math.log(FLOOR)                # no figure agrees only because both are at the floor
     assert (ours - expected).abs().max() < 1e-4
@@ -73,10 +74,24 @@ def test_log_mel_is_a_fourier_transform_written_as_a_matrix_product():
     wave = random_wave(8 * HOP)
     k, n = torch.arange(N_FFT // 2 + 1).double()[:, None], torch.arange(N_FFT).double()
     angle = 2 * math.pi * k * n / N_FFT                                                             # (513, 1024)
-    windowed = frame(wave).double() * hann_window(N_FFT).double()
+    windowed = frame(wave).double() * late_window(N_FFT, *WINDOW).double()
     power = (windowed @ angle.cos().T).square() + (windowed @ angle.sin().T).square()
     expected = (power @ mel_filterbank().double()).clamp(min=FLOOR).log()
     assert (log_mel(wave) - expected).abs().max() < 1e-4
+
+
+def test_the_window_rises_slowly_and_falls_fast_and_is_hanns_if_it_does_both_for_as_long():
+    rise, fall = WINDOW
+    window = late_window(N_FFT, rise, fall)
+    assert window.shape == (N_FFT,) and (window[:-rise - fall + 1] == 0).all() and window[-fall] == 1
+    assert (window[-rise - fall:].diff()[:rise] > 0).all() and (window[-fall:].diff() < 0).all()
+    assert window[-fall // 2] == pytest.approx(0.5) and window[-fall - rise // 2] == pytest.approx(0.5)
+    assert torch.equal(late_window(N_FFT, *HANN), hann_window(N_FFT))
+
+
+def test_a_frame_hears_mostly_its_own_samples_and_with_hanns_window_hardly():
+    share = lambda w: (late_window(N_FFT, *w)[-HOP:].square().sum() / late_window(N_FFT, *w).square().sum()).item()
+    assert share(WINDOW) > 0.9 and share(HANN) == pytest.approx(0.10, abs=0.01)
 
 
 def test_hann_window_is_periodic_and_its_half_shifted_copies_add_up_to_one():
@@ -115,11 +130,15 @@ def test_a_frame_sees_its_own_last_samples(t):
     assert torch.equal(frames[t, -HOP:], wave[t * HOP: end])              # without a window, to the very last one
 
 
-def test_a_frame_sees_1024_samples_and_none_before():
+def test_a_frame_sees_as_many_samples_as_its_window_has_and_none_before():
     wave = random_wave(20 * HOP)
     assert torch.equal(frame(wave)[10], wave[11 * HOP - N_FFT: 11 * HOP])
     assert torch.equal(frame(wave)[0, :-HOP], torch.zeros(N_FFT - HOP))
-    assert max(changed_frames(wave, 0, 11 * HOP - N_FFT)) == 9
+    for window in (WINDOW, HANN, (200, 300)):
+        start = 11 * HOP - sum(window)
+        other = torch.cat([random_wave(start), wave[start:]])
+        same = (log_mel(wave, window=window) == log_mel(other, window=window)).all(-1)
+        assert same[10] and not same[:10].all()
 
 
 @pytest.mark.parametrize("lookahead", [0, 192, 352, 512, 704])
@@ -141,16 +160,37 @@ def test_lookahead_is_the_causal_mel_of_the_audio_that_many_samples_later(lookah
     assert (ahead - log_mel(wave)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("lookahead", [192, 352, 512])
+@pytest.mark.parametrize("window", [WINDOW, HANN])
+def test_a_negative_lookahead_is_the_same_window_deaf_to_what_lies_past_the_frame(lookahead, window):
+    wave, other = random_wave(20 * HOP), random_wave(20 * HOP)
+    silent = wave.clone()
+    for t in (0, 1, 10):
+        silent[(t + 1) * HOP:] = 0
+        other[:(t + 1) * HOP] = wave[:(t + 1) * HOP]
+        cut = log_mel(wave, -lookahead, window)[t]
+        assert (cut - log_mel(silent, lookahead, window)[t]).abs().max() < 1e-5
+        assert torch.equal(cut, log_mel(other, -lookahead, window)[t])                  # the future does not matter
+        silent = wave.clone()
+
+
 def test_lookahead_past_the_end_of_the_clip_sees_zeros():
     wave = random_wave(5 * HOP)
     longer = torch.cat([wave, torch.zeros(2 * HOP)])
     assert torch.equal(log_mel(wave, lookahead=512), log_mel(longer, lookahead=512)[:5])
 
 
-@pytest.mark.parametrize("lookahead", [-1, N_FFT - HOP + 1, 100_000])
+@pytest.mark.parametrize("lookahead", [-705, N_FFT - HOP + 1, 100_000])
 def test_a_lookahead_outside_the_window_is_refused(lookahead):
-    with pytest.raises(ValueError, match=rf"lookahead is {lookahead} .*\[0, 704\]"):
+    with pytest.raises(ValueError, match=rf"lookahead is {lookahead} .*\[-704, 704\]"):
         log_mel(random_wave(10 * HOP), lookahead=lookahead)
+
+
+@pytest.mark.parametrize("window", [(0, 64), (448, 0), (-1, 64), (960, 65)])
+def test_a_window_that_does_not_rise_and_fall_or_fit_is_refused(window):
+    for make in (lambda: log_mel(random_wave(10 * HOP), window=window), lambda: StreamingLogMel(window=window)):
+        with pytest.raises(ValueError, match=f"rises for {window[0]} samples and falls for {window[1]}; .* 1024"):
+            make()
 
 
 # ----------------------------------------------------------------------------- shapes, batches, gradients
@@ -212,10 +252,10 @@ def test_streaming_in_any_split_equals_the_whole_clip(shape, n_cuts):
     assert (streamed - log_mel(wave)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("lookahead", [1, 192, 352, 704])
+@pytest.mark.parametrize("lookahead", [1, 192, 352, 704, -192, -704])
 def test_streaming_with_a_lookahead_equals_the_whole_clip_once_zeros_follow(lookahead):
-    wave, stream = random_wave(30 * HOP + 100), StreamingLogMel(lookahead)
-    streamed = torch.cat([stream.push(piece) for piece in (*pieces(wave, [1, 500, 5000]), torch.zeros(lookahead))])
+    wave, stream, later = random_wave(30 * HOP + 100), StreamingLogMel(lookahead), torch.zeros(max(0, lookahead))
+    streamed = torch.cat([stream.push(piece) for piece in (*pieces(wave, [1, 500, 5000]), later)])
     assert len(streamed) - 30 in (0, 1, 2)                    # frames that end in the zeros may be one too many
     assert (streamed[:30] - log_mel(wave, lookahead)).abs().max() < 1e-5
 

@@ -547,7 +547,7 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--steps", 0], ["--steps"]),
     (["--n-codebooks", 0], ["--n-codebooks"]),
     (["--mel-codebooks", -1], ["--mel-codebooks"]),
-    (["--lookahead", 705], ["lookahead of 705", "704"]),
+    (["--lookahead", 705], ["lookahead is 705", "704"]), (["--window", 0, 64], ["rises for 0", "1024"]),
     (["--set", "n_layers=3"], ["--set n_layers=3"]),
     (["--set", "n_layer=three"], ["--set n_layer=three"]),
     (["--set", "use_mel=1"], ["--set use_mel=1"]),

@@ -100,7 +100,7 @@ def fetch(name, home=None):
     """
     corpus, home = CORPORA[name], Path(home or HOME)
     if not all((home / archive.folder).is_dir() for archive in corpus.archives):
-        with alone(home), disk_full(home):
+        with writing(home), alone(home):
             for archive in corpus.archives:
                 if not (home / archive.folder).is_dir():
                     unpack(download(archive, home), archive, home)
@@ -109,11 +109,14 @@ def fetch(name, home=None):
 
 
 @contextlib.contextmanager
-def disk_full(folder):
-    """Turn a full disk into a DataError that says where."""
+def writing(folder):
+    """Turn a full disk, or one that must not be written to, into a DataError that says where."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DataError(f"no permission to use {error.filename or folder}: this program writes into {folder}, and "
+                            "reads all audio files of a dataset") from error
         if error.errno not in DISK_FULL:
             raise
         raise DataError(f"no space left in {folder}: make room there and run the same command again; it goes on from "

@@ -36,7 +36,7 @@ import soxr
 import torch
 from tqdm import tqdm
 
-from corpora import CORPORA, DataError, alone, disk_full, fetch
+from corpora import CORPORA, DataError, alone, fetch, writing
 from mel import FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, WINDOW, StreamingLogMel, check_window
 from tokens import CODEBOOK_SIZE
 
@@ -159,11 +159,24 @@ def find_audio(dataset, cache=CACHE):
                         "audio files")
     if Path(cache).resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{folder} contains this program's cache ({cache}): choose a folder of audio only")
-    names = sorted(path.relative_to(folder).as_posix() for top in tops for path in top.rglob("*")
+    names = sorted(path.relative_to(folder).as_posix() for top in tops for path in _files(top)
                    if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not names:
-        raise DataError(f"no audio files under {folder} (looked for wav, flac, ogg, mp3 and the like)")
+    sides = ["train", "val"] if dataset not in CORPORA and all((folder / s).is_dir() for s in ("train", "val")) else [""]
+    for side in sides:
+        if not any(name.startswith(side) for name in names):
+            raise DataError(f"no audio files under {folder / side} (looked for wav, flac, ogg, mp3 and the like)")
     return folder, names
+
+
+def _files(top):
+    """Every file below a folder, linked folders included; each folder once, for a link may lead back up."""
+    seen = set()
+    for home, folders, files in os.walk(top, followlinks=True):
+        if os.path.realpath(home) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(home))
+        yield from (Path(home) / file for file in files)
 
 
 def split_clips(names, dataset=None):
@@ -183,7 +196,7 @@ def split_clips(names, dataset=None):
             raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
         return [top == "val" for top in tops]
     groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
-    hashes = [int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32 for group in groups]
+    hashes = [int(hashlib.sha256(os.fsencode(group)).hexdigest()[:8], 16) / 2**32 for group in groups]
     threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))
     return [h < threshold for h in hashes]
 
@@ -215,7 +228,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead
     name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
     home = Path(cache) / f"{name}-{Path(codec.name).name}-{key}"
     if not (home / "meta.json").is_file():
-        with disk_full(cache), alone(Path(cache)):
+        with writing(cache), alone(Path(cache)):
             if not (home / "meta.json").is_file():            # or has another process been faster?
                 unfinished = home.with_name(f".{home.name}")
                 (unfinished / "clips").mkdir(parents=True, exist_ok=True)
@@ -286,7 +299,7 @@ def _encode(home, folder, files, codec, made_with, title, quiet):
         try:
             info = soundfile.info(folder / files[i][0])
             seconds[i] = info.frames / info.samplerate
-        except (soundfile.SoundFileError, OSError, ZeroDivisionError):
+        except (soundfile.SoundFileError, OSError, ValueError, ZeroDivisionError):
             seconds[i] = 0.0                                  # whatever it is, reading it will tell
     todo.sort(key=seconds.get, reverse=True)                  # like beside like, the long ones first
     on_cpu = codec.device.type == "cpu"
@@ -332,6 +345,8 @@ def _join(home, dataset, name, names, made_with, problems):
         clips, used, is_val, lengths = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True], [cut]
     else:
         is_val = split_clips(used, dataset)
+        if {"train", "val"} <= {name.split("/")[0] for name in names} and dataset not in CORPORA:
+            is_val = [name.startswith("val/") for name in used]           # though one side may have lost all its files
         lengths = [length * (not val) for length, val in zip(lengths, is_val)]            # what trains of each file
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
@@ -366,6 +381,8 @@ class Dataset:
 
     meta, key       the content of meta.json; the name of the cache, which changes with anything it was made from
     codes, mel      (frames, K) uint16 and (frames, 80) float16, all clips one after the other
+    audio           what it was made of, in a short string: clips, their lengths and split, codec, mel; but not where
+                    the files were, so that a run may continue elsewhere
     train, val      (clips, 2) first and one past the last frame of each clip of the split
     mel_statistics  mean (80,) and covariance (80, 80) of the training split's mel
     """
@@ -376,6 +393,8 @@ class Dataset:
             self.meta = json.loads((home / "meta.json").read_text())
             clips, statistics = np.load(home / "clips.npy"), np.load(home / "mel_statistics.npz")
             self.mel_statistics = statistics["mean"], statistics["covariance"]
+            made_of = [{**self.meta, "dataset": None}, clips.tolist()]
+            self.audio = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
             is_val = np.array([clip["val"] for clip in self.meta["clips"]])
             self.train, self.val = clips[~is_val], clips[is_val]
             codes, mel = self.codes, self.mel

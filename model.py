@@ -165,12 +165,15 @@ class HybridGPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        if min(c.n_layer, c.n_head, c.n_embd, c.n_inner, c.n_mel_embd, c.n_depth_embd) < 1 or (
+                min(c.n_mel_layer, c.n_depth_layer, c.mel_noise) < 0):
+            raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer and mel_noise at least 0")
         head_dim = c.n_embd // c.n_head
         if not (c.use_codes or c.use_mel):
             raise ValueError("a model needs use_codes or use_mel")
         if c.fuse not in ("concat", "add") or c.n_input_codebooks < 1:
             raise ValueError(f'fuse "{c.fuse}" must be "concat" or "add", n_input_codebooks at least 1')
-        if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim) or (
+        if c.n_embd % c.n_head or head_dim % 2 or head_dim == 0 or (c.use_mel and c.n_mel_embd % head_dim) or (
                 c.n_codebooks > 1 and c.n_depth_embd % head_dim):
             raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, n_mel_embd "
                              f"{c.n_mel_embd} and n_depth_embd {c.n_depth_embd} multiples of that size")
@@ -195,7 +198,7 @@ class HybridGPT(nn.Module):
             self.depth_blocks = nn.ModuleList(
                 Block(c.n_depth_embd, 4 * c.n_depth_embd, head_dim, c.dropout) for _ in range(c.n_depth_layer))
             self.depth_head = nn.Parameter(torch.empty(finer, c.n_depth_embd, CODEBOOK_SIZE))
-        self.register_buffer("rotary", rotary_angles(0, c.context, head_dim), persistent=False)
+        self.register_buffer("rotary", rotary_angles(0, max(c.context, c.n_codebooks), head_dim), persistent=False)
 
         for name, p in self.named_parameters():
             # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions

@@ -64,7 +64,7 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     only among the likeliest that together hold probability p (the nucleus; Holtzman et al., 1904.09751).
     generator: a CPU torch.Generator.
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -151,7 +151,7 @@ def main():
         sys.exit(f"error: device '{args.device}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
     model, codec, _ = load(args.ckpt, args.device, args.codec, args.codec_dir)
     prompt = None
-    if args.prompt:
+    if args.prompt is not None:
         wave = torch.from_numpy(np.concatenate(list(read_audio(args.prompt))))
         prompt = codec.encode(wave[None], model.config.n_codebooks)       # (1, K, P)
         if prompt.shape[-1] == 0:

@@ -99,9 +99,9 @@ def parse_arguments():
             fields[field] = value if isinstance(old, str) else ast.literal_eval(value)
         except (ValueError, SyntaxError):
             pass
-        if field in ("n_codebooks", "context", "dropout") or old is None or type(fields.get(field)) is not type(old):
+        if field in ("n_codebooks", "context", "dropout", "n_mels") or old is None or type(fields.get(field)) is not type(old):
             parser.error(f"--set {word}: wants FIELD=VALUE of model.py's Config, the value of that field's type "
-                         "(n_codebooks, context and dropout have options of their own)")
+                         "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
     args.set = fields
     args.window = tuple(args.window)
     for name in ("warmup", "weight_decay", "seed"):
@@ -111,8 +111,10 @@ def parse_arguments():
         parser.error("--lr and --clip must be above 0, --dropout at least 0 and below 1")
     if args.context is not None and (args.context < 2 or args.context % 2):
         parser.error("--context must be an even number of positions, 2 or more")
-    if not args.out.endswith(".pt"):
-        parser.error(f"--out {args.out} must end in .pt")
+    if not args.out.endswith(".pt") or Path(args.out).is_dir():
+        parser.error(f"--out {args.out} must be a file and end in .pt")
+    if args.eval == "":                                       # a shell variable that is not set
+        parser.error("--eval wants a checkpoint")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
     args.given = {word.split("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
@@ -226,11 +228,11 @@ def main():
         if "optimizer" not in checkpoint:
             raise CheckpointError(f"{last} holds a model but no training state: --resume needs the one that an "
                                   "interrupted run leaves beside --out")
-        for name in sorted(args.given & checkpoint["args"].keys()):
+        for name in sorted(args.given & checkpoint["args"].keys() - {"dtype", "compile", "codec_dir"}):
             if getattr(args, name) != checkpoint["args"][name]:
                 sys.exit(f"error: --{name.replace('_', '-')} differs from the run in {last} "
                          f"({checkpoint['args'][name]}); --resume continues with the options it was started with")
-        vars(args).update(checkpoint["args"])
+        vars(args).update({k: v for k, v in checkpoint["args"].items() if k not in args.given})
     else:
         for path in (out, last, log_path):
             if path.exists() and path.stat().st_size and not args.overwrite:
@@ -242,6 +244,14 @@ def main():
         args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
         if args.mel_codebooks is None:
             args.mel_codebooks = args.n_codebooks if args.n_codebooks > 1 else 0
+        config = PRESETS[args.model]
+        config = dataclasses.replace(config, dropout=args.dropout, context=args.context or config.context,
+                                     n_codebooks=args.n_codebooks, **args.set)
+        torch.manual_seed(args.seed)
+        try:
+            model = HybridGPT(config)
+        except ValueError as error:
+            sys.exit(f"error: --set: {error}")
     if not args.eval and args.batch_size % (args.accumulate * WORLD):
         sys.exit(f"error: --accumulate {args.accumulate}" + f" times {WORLD} processes" * (WORLD > 1)
                  + f" must divide --batch-size {args.batch_size}")
@@ -258,12 +268,13 @@ def main():
                          "and n_input_codebooks")
     if RANK:
         dist.barrier()                                        # until it is prepared
-    data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, lookahead=args.lookahead, window=tuple(args.window))
+    data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, lookahead=args.lookahead,
+                   window=tuple(args.window))
     if WORLD > 1 and RANK == 0:
         dist.barrier()
     unigram = data.unigram_nll()
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    autocast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
 
     if args.eval:
         figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
@@ -274,15 +285,7 @@ def main():
         return
 
     # --- model, optimiser
-    torch.manual_seed(args.seed)
     if not args.resume:
-        config = PRESETS[args.model]
-        config = dataclasses.replace(config, dropout=args.dropout, context=args.context or config.context,
-                                     n_codebooks=args.n_codebooks, **args.set)
-        try:
-            model = HybridGPT(config)
-        except ValueError as error:
-            sys.exit(f"error: --set: {error}")
         model.set_mel_statistics(*data.mel_statistics)
         model.to(device)
         if not RANK:
@@ -296,17 +299,19 @@ def main():
                                   lr=args.lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
     step, tokens_seen, seconds, best = 0, 0, 0.0, math.inf
     if args.resume:
-        if checkpoint["data_key"] != data.key:
+        if checkpoint["audio"] != data.audio:
             raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now")
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, tokens_seen, seconds, best = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "best"))
+        if not out.exists():                                  # lost: the next evaluation writes it anew
+            best = math.inf
     forward = torch.compile(model) if (device.type == "cuda" if args.compile is None else args.compile) else model
     if WORLD > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
 
     # --- the log: a continued run drops from it what it is about to do again
     kept = []
-    for line in log_path.read_text().splitlines() if args.resume and log_path.exists() else ():
+    for line in log_path.read_text(errors="replace").splitlines() if args.resume and log_path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):       # cut off in mid-line
             entry = json.loads(line)
             if entry["step"] < step or entry["step"] == step and "val_nll" not in entry:
@@ -320,17 +325,18 @@ def main():
         log.flush()
 
     n_params, context = model.n_params(), model.config.context
-    print(f"{args.model}: {n_params / 1e6:.2f} M parameters, context {context}, on {device} in {dtype}")
+    print(f"{args.model}: {n_params / 1e6:.2f} M parameters, context {context}, on {device} in {args.dtype}")
     print(f"{args.dataset}: {data.meta['train_frames']:,} frames to train on, {data.meta['val_frames']:,} to "
           f"validate, codec {codec.name}; {args.batch_size * context:,} targets a step at most")
     print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
-             "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": list(args.window), "data_key": data.key}
-    where = ("given", "out", "resume", "overwrite", "eval", "device", "dtype", "compile", "codec_dir")
+             "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": list(args.window),
+             "data_key": data.key, "audio": data.audio}
+    where = ("given", "out", "resume", "overwrite", "eval", "device")
     options = {k: v for k, v in vars(args).items() if k not in where}         # what makes the run what it is
     report({"step": step, "args": options, "n_params": n_params, "context": context, **facts, "device": str(device),
-            "dtype": dtype, "torch": torch.__version__, "uniform_nll": math.log(CODEBOOK_SIZE), "unigram_nll": unigram,
+            "dtype": args.dtype, "torch": torch.__version__, "uniform_nll": math.log(CODEBOOK_SIZE), "unigram_nll": unigram,
             "train_frames": data.meta["train_frames"], "val_frames": data.meta["val_frames"]})
 
     stopped_by = []                                           # a signal ends the run after the step it falls into

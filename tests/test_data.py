@@ -387,6 +387,44 @@ def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny
     assert caches(tmp_path / "cache") == [prepare(folder, tiny_codec, tmp_path / "cache", quiet=True).key]
 
 
+@pytest.mark.parametrize("lost", ["train", "val"])
+def test_a_side_that_has_nothing_usable_is_not_made_up_from_the_other(tmp_path, tiny_codec, lost):
+    (tmp_path / "in").mkdir()
+    for side in ("train", "val"):
+        clips(tmp_path / "in" / side, n=3)
+    for path in (tmp_path / "in" / lost).iterdir():
+        path.write_bytes(b"no audio")
+    with pytest.raises(DataError, match="is left to " + ("train" if lost == "train" else "validate") + " on"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    for path in (tmp_path / "in" / lost).iterdir():
+        path.rename(path.with_suffix(".m4a"))                 # of a kind that is not looked for
+    with pytest.raises(DataError, match=f"no audio files under .*{lost}"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+
+
+def test_linked_folders_are_searched_and_a_link_back_up_does_no_harm(tmp_path, tiny_codec):
+    clips(tmp_path / "elsewhere", n=2)
+    clips(tmp_path / "in", n=2)
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    assert len(data.find_audio(tmp_path / "in", tmp_path / "cache")[1]) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux only")
+def test_a_name_that_is_not_text_costs_that_file_only(tmp_path, tiny_codec, capfd):
+    folder = clips(tmp_path / "in", n=3)
+    os.rename(folder / "a.wav", os.fsencode(folder) + b"/caf\xe9.wav")
+    assert len(prepare(folder, tiny_codec, tmp_path / "cache", quiet=True).meta["clips"]) == 2
+    assert "skipped 1 of 3 files" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_cache_that_must_not_be_written_to_is_named(tmp_path, tiny_codec, number):
+    refuse = mock.Mock(side_effect=OSError(number, "no", str(tmp_path / "cache" / ".lock")))
+    with mock.patch.object(Path, "mkdir", refuse), pytest.raises(DataError, match=r"permission .*cache/\.lock"):
+        prepare("speech", tiny_codec, tmp_path / "cache", quiet=True)
+
+
 def test_a_file_that_breaks_off_does_not_harm_those_beside_it(tmp_path, tiny_codec):
     folder = clips(tmp_path / "in", n=3, seconds=11)
     wave = noise(25)

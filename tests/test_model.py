@@ -423,3 +423,16 @@ def test_a_checkpoint_that_cannot_be_used_is_one_clear_line_and_runs_no_code(tmp
             load_checkpoint(tmp_path / f"{name}.pt")
         assert f"{name}.pt" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_context_shorter_than_the_codes_of_a_frame_works():
+    model = HybridGPT(replace(PRESETS["nano"], context=2))
+    codes, mel = torch.randint(1024, (1, 8, 2)), torch.randn(1, 2, 80)
+    assert model(codes, mel, codes)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("field", ["n_layer", "n_head", "n_embd", "n_inner", "n_mel_embd", "n_depth_embd"])
+def test_a_size_of_nothing_is_refused(field):
+    for size in (0, -4):
+        with pytest.raises(ValueError, match="at least 1"):
+            HybridGPT(replace(PRESETS["nano"], **{field: size}))

@@ -310,9 +310,35 @@ def test_resuming_after_the_data_changed_is_refused(run, clips, tmp_path):
     folder = write_clips(tmp_path / "own", [0.5, 0.5, 0.6])
     run(tmp_path, "--dataset", folder)
     log = (tmp_path / "out.jsonl").read_bytes()
-    os.utime(folder / "0.wav", ns=(1, 1))
+    write_clips(tmp_path / "other", [0.7])
+    (tmp_path / "other" / "0.wav").rename(folder / "0.wav")
     assert_refused(run(tmp_path, "--resume", small=False), "other audio")
     assert (tmp_path / "out.jsonl").read_bytes() == log
+
+
+def test_a_run_continues_where_the_same_audio_lies_elsewhere(run, tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        write_clips(tmp_path / place / "own", [0.5, 0.5, 0.6])
+        os.utime(tmp_path / place / "own" / "0.wav", ns=(len(place), 1))
+    assert run(tmp_path / "here", "--dataset", "own").code == 0
+    for path in (tmp_path / "here").glob("out*"):
+        path.rename(tmp_path / "there" / path.name)
+    resumed = run(tmp_path / "there", "--resume", small=False)
+    assert resumed.code == 0, resumed.err
+
+
+def test_resuming_keeps_the_number_format_of_the_run_unless_told_otherwise(run, tmp_path):
+    assert run(tmp_path, "--dtype", "bfloat16").code == 0
+    assert "on cpu in bfloat16" in run(tmp_path, "--resume", "--device", "cpu", small=False).out
+    assert "on cpu in float32" in run(tmp_path, "--resume", "--device", "cpu", "--dtype", "float32", small=False).out
+
+
+def test_resuming_without_the_best_checkpoint_writes_one(run, tmp_path):
+    assert run(tmp_path).code == 0
+    (tmp_path / "out.pt").unlink()
+    assert run(tmp_path, "--resume", small=False).code == 0
+    assert load_checkpoint(tmp_path / "out.pt")[1]["step"] == 4
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -547,7 +573,13 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--steps", 0], ["--steps"]),
     (["--n-codebooks", 0], ["--n-codebooks"]),
     (["--mel-codebooks", -1], ["--mel-codebooks"]),
-    (["--lookahead", 705], ["lookahead is 705", "704"]), (["--window", 0, 64], ["rises for 0", "1024"]),
+    (["--lookahead", 705], ["lookahead is 705", "704"]),
+    (["--window", 0, 64], ["rises for 0", "1024"]),
+    (["--eval", ""], ["--eval wants a checkpoint"]),
+    (["--set", "n_mels=40"], ["n_mels is fixed"]),
+    (["--set", "n_head=0"], ["at least 1"]),
+    (["--set", "n_layer=-1"], ["at least 1"]),
+    (["--set", "n_mel_layer=-1"], ["at least 0"]),
     (["--set", "n_layers=3"], ["--set n_layers=3"]),
     (["--set", "n_layer=three"], ["--set n_layer=three"]),
     (["--set", "use_mel=1"], ["--set use_mel=1"]),

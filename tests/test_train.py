@@ -365,7 +365,7 @@ def test_a_signal_ends_the_run_with_its_state_saved_and_says_how_to_go_on(own_cl
 def test_a_signal_while_preparing_ends_the_run_without_a_word(own_clips, tiny_codec_file, tmp_path, number, code):
     """Nothing is trained yet: no file of --out is there, and the same command goes on with the files that are missing."""
     shutil.rmtree(own_clips)
-    write_clips(own_clips, [16] * 4)                          # so much that it cannot be over before the signal
+    write_clips(own_clips, [16] * 12)                         # so much that it cannot be over before the signal
     command = [sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file, "--steps", "1", "--context",
                "32", "--batch-size", "2", "--device", "cpu", "--model", "nano"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 SAMPLE_RATE = 24_000                 # Hz, EnCodec's
 HOP = 8 * 5 * 4 * 2                  # 320 samples: the product of EnCodec's strides
 FRAME_RATE = SAMPLE_RATE // HOP      # 75 frames a second, one clock for mel frames, codec tokens and model positions
-N_FFT = 1024                         # 42.7 ms window
+N_FFT = 1024                         # samples that a frame is judged by: 42.7 ms, of which its window may use fewer
 N_MELS = 80
 WINDOW = (480, 32)                   # samples in which it rises, and in which it falls to zero at the frame's end
 HANN = (N_FFT // 2, N_FFT // 2)      # the usual one

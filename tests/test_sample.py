@@ -155,7 +155,7 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use
             chosen = draw(logits[:, -1], generator=generator)[:, None]
             while chosen.shape[1] < K:
                 finer = model.finer_logits(x[:, -1], chosen)[:, -1]
-                chosen = torch.cat([chosen, draw(finer, 0.5, generator=generator)[:, None]], dim=1)
+                chosen = torch.cat([chosen, draw(finer, generator=generator)[:, None]], dim=1)
         again = torch.cat([again, chosen[..., None]], dim=-1)
     assert torch.equal(again[..., 1:], codes)
     assert codes[..., n_prompt:].unique().numel() > 40        # not one code for ever

@@ -161,8 +161,8 @@ def find_audio(dataset, cache=CACHE):
         raise DataError(f"{folder} contains this program's cache ({cache}): choose a folder of audio only")
     names = sorted(path.relative_to(folder).as_posix() for top in tops for path in _files(top)
                    if path.suffix.lower() in SUFFIXES and path.is_file())
-    sides = ["train", "val"] if dataset not in CORPORA and all((folder / s).is_dir() for s in ("train", "val")) else [""]
-    for side in sides:
+    both = dataset not in CORPORA and (folder / "train").is_dir() and (folder / "val").is_dir()
+    for side in ("train/", "val/") if both else ("",):
         if not any(name.startswith(side) for name in names):
             raise DataError(f"no audio files under {folder / side} (looked for wav, flac, ogg, mp3 and the like)")
     return folder, names
@@ -179,6 +179,11 @@ def _files(top):
         yield from (Path(home) / file for file in files)
 
 
+def _split_by_folder(names, dataset):
+    """Whether the top-level folders train/ and val/ are the split. A dataset of corpora.py has its own."""
+    return dataset not in CORPORA and {"train", "val"} <= {name.split("/")[0] for name in names}
+
+
 def split_clips(names, dataset=None):
     """Which clips validate: bool per name (relative path).
 
@@ -190,8 +195,8 @@ def split_clips(names, dataset=None):
     corpus = CORPORA.get(dataset)
     if corpus and corpus.val:
         return [name.startswith(f"{corpus.val}/") for name in names]
-    tops = [name.split("/")[0] for name in names]
-    if {"train", "val"} <= set(tops) and not corpus:
+    if _split_by_folder(names, dataset):
+        tops = [name.split("/")[0] for name in names]
         if others := set(tops) - {"train", "val"}:
             raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
         return [top == "val" for top in tops]
@@ -205,10 +210,11 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead
     """Encode a dataset with a codec, unless that is done already, and open it.
 
     dataset: `speech`, `music`, a name of corpora.py or a folder, searched recursively. mel_codebooks, lookahead,
-    window: as in `encode_files`. Returns a `Dataset`. The cache lies in `cache/`, under a key made of everything that its content
-    depends on: files (path, size, time), codec and its checksum, mel settings. Files that cannot be used are skipped
-    and named in one line.
-    Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be had or the disk is full.
+    window: as in `encode_files`. Returns a `Dataset`. The cache lies in `cache/`, under a key made of everything that
+    its content depends on: files (path, size, time), codec and its checksum, mel settings. Files that cannot be used
+    are skipped and named in one line.
+    Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be had, or the disk is full
+    or must not be written to.
     """
     if not 0 <= mel_codebooks <= codec.n_codebooks:
         raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
@@ -266,10 +272,11 @@ class _Encoding(torch.utils.data.IterableDataset):
     def encode(self, batch):
         # a number of its own for each process: one whose parent was killed may still be at work
         parts = [self.home / f"{i}.{os.getpid()}.part" for i in batch]
+        mel_is = {key: self.made_with[key] for key in ("mel_codebooks", "lookahead", "window")}
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
             for i, codes, mel in encode_files([self.folder / self.files[clip][0] for clip in batch], self.codec,
-                                              *(self.made_with[key] for key in ("mel_codebooks", "lookahead", "window"))):
+                                              **mel_is):
                 if mel is not None:
                     rows = np.empty(len(mel), _row(self.made_with))
                     rows["codes"], rows["mel"] = codes, mel
@@ -345,8 +352,8 @@ def _join(home, dataset, name, names, made_with, problems):
         clips, used, is_val, lengths = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True], [cut]
     else:
         is_val = split_clips(used, dataset)
-        if {"train", "val"} <= {name.split("/")[0] for name in names} and dataset not in CORPORA:
-            is_val = [name.startswith("val/") for name in used]           # though one side may have lost all its files
+        if _split_by_folder(names, dataset):                  # even if one side has lost all its files
+            is_val = [name.startswith("val/") for name in used]
         lengths = [length * (not val) for length, val in zip(lengths, is_val)]            # what trains of each file
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")

@@ -48,7 +48,10 @@ def hann_window(n_fft):
 
 
 def late_window(n_fft, rise, fall):
-    """Half a Hann window of 2 * rise samples, then half one of 2 * fall, zeros before them. Returns (n_fft,) float32."""
+    """Zeros, the rising half of a Hann window of 2 * rise samples, the falling half of one of 2 * fall: (n_fft,) float32.
+
+    With rise = fall = n_fft / 2 it is the Hann window.
+    """
     return torch.cat([torch.zeros(n_fft - rise - fall), hann_window(2 * rise)[:rise], hann_window(2 * fall)[fall:]])
 
 
@@ -148,7 +151,7 @@ def check_window(lookahead, window):
 
 
 def _log_mel(frames, lookahead, window):
-    """Stretches of samples (..., T, 1024) -> (..., T, 80); with a negative lookahead so many move out, and zeros in."""
+    """Stretches of samples (..., T, 1024) -> (..., T, 80). A negative lookahead moves so many out, and zeros in."""
     if lookahead < 0:
         frames = F.pad(frames[..., -lookahead:], (0, -lookahead))
     return mel_power(frames, window=window).clamp(min=FLOOR).log()

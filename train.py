@@ -99,7 +99,8 @@ def parse_arguments():
             fields[field] = value if isinstance(old, str) else ast.literal_eval(value)
         except (ValueError, SyntaxError):
             pass
-        if field in ("n_codebooks", "context", "dropout", "n_mels") or old is None or type(fields.get(field)) is not type(old):
+        elsewhere = field in ("n_codebooks", "context", "dropout", "n_mels")
+        if elsewhere or old is None or type(fields.get(field)) is not type(old):
             parser.error(f"--set {word}: wants FIELD=VALUE of model.py's Config, the value of that field's type "
                          "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
     args.set = fields
@@ -200,13 +201,14 @@ def learning_rate(step, args):
 
 
 def terminated(*_):
+    """What SIGTERM does while the data are prepared."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # or torch would report the helpers that got it, too
     sys.exit(143)
 
 
 def main():
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, terminated)                 # while preparing; later the loop sees to it
+    signal.signal(signal.SIGTERM, terminated)                 # until the loop sees to it
     device = choose_device(args.device)
     if WORLD > 1:
         if args.eval:
@@ -279,8 +281,8 @@ def main():
     if args.eval:
         figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
         print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name,
-                          "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": list(args.window), **figures,
-                          "unigram_nll": unigram, "n_params": model.n_params(),
+                          "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": args.window,
+                          **figures, "unigram_nll": unigram, "n_params": model.n_params(),
                           "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.astype(int).tolist()}))
         return
 
@@ -331,13 +333,13 @@ def main():
     print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
-             "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": list(args.window),
+             "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": args.window,
              "data_key": data.key, "audio": data.audio}
     where = ("given", "out", "resume", "overwrite", "eval", "device")
     options = {k: v for k, v in vars(args).items() if k not in where}         # what makes the run what it is
     report({"step": step, "args": options, "n_params": n_params, "context": context, **facts, "device": str(device),
-            "dtype": args.dtype, "torch": torch.__version__, "uniform_nll": math.log(CODEBOOK_SIZE), "unigram_nll": unigram,
-            "train_frames": data.meta["train_frames"], "val_frames": data.meta["val_frames"]})
+            "torch": torch.__version__, "uniform_nll": math.log(CODEBOOK_SIZE), "unigram_nll": unigram,
+            "dtype": args.dtype, "train_frames": data.meta["train_frames"], "val_frames": data.meta["val_frames"]})
 
     stopped_by = []                                           # a signal ends the run after the step it falls into
 

@@ -205,14 +205,17 @@ def test_codes_are_predicted_and_mels_are_shown_of_as_many_codebooks_as_asked(ru
 
 
 def test_fields_of_the_model_can_be_set_and_the_mel_can_look_ahead(run, tmp_path):
-    result = run(tmp_path, "--steps", 2, "--n-codebooks", 1, "--lookahead", 192, "--set", "use_codes=False", "n_mel_layer=2")
+    result = run(tmp_path, "--steps", 2, "--n-codebooks", 1, "--lookahead", 192, "--window", 300, 20, "--set",
+                 "use_codes=False", "n_mel_layer=2")
     assert result.code == 0, result.err
     model, checkpoint = load_checkpoint(tmp_path / "out.pt")
     meta = json.loads((run.cache / checkpoint["data_key"] / "meta.json").read_text())
     assert meta["lookahead"] == checkpoint["lookahead"] == 192
+    assert meta["window"] == list(checkpoint["window"]) == [300, 20]
     assert model.config.n_mel_layer == 2 and not model.config.use_codes and model.config.use_mel
     scored = json.loads(run(tmp_path, "--eval", "out.pt", "--device", "cpu", small=False).out)
     assert scored["val_nll"] == evaluations(tmp_path / "out.jsonl")[-1]["val_nll"] and scored["lookahead"] == 192
+    assert scored["window"] == [300, 20]
 
 
 def test_eval_shows_the_mel_of_training_or_the_one_asked_for(run, trained):
@@ -363,7 +366,7 @@ def test_a_signal_ends_the_run_with_its_state_saved_and_says_how_to_go_on(own_cl
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_preparing_ends_the_run_without_a_word(own_clips, tiny_codec_file, tmp_path, number, code):
-    """Nothing is trained yet: no file of --out is there, and the same command goes on with the files that are missing."""
+    """Nothing is trained yet: no file of --out is there, and the same command goes on with what is missing."""
     shutil.rmtree(own_clips)
     write_clips(own_clips, [16] * 12)                         # so much that it cannot be over before the signal
     command = [sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file, "--steps", "1", "--context",

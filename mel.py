@@ -48,7 +48,7 @@ def hann_window(n_fft):
 
 
 def late_window(n_fft, rise, fall):
-    """Zeros, the rising half of a Hann window of 2 * rise samples, the falling half of one of 2 * fall: (n_fft,) float32.
+    """Zeros, the rising half of a Hann window of 2 * rise samples, the falling half of one of 2 * fall; (n_fft,).
 
     With rise = fall = n_fft / 2 it is the Hann window.
     """
@@ -146,8 +146,8 @@ def check_window(lookahead, window):
     if not abs(lookahead) <= N_FFT - HOP:
         raise ValueError(f"lookahead is {lookahead} samples; it must lie in [-{N_FFT - HOP}, {N_FFT - HOP}]")
     if not (min(window) > 0 and sum(window) <= N_FFT):
-        raise ValueError(f"the window rises for {window[0]} samples and falls for {window[1]}; both must be above 0 and "
-                         f"their sum at most {N_FFT}")
+        raise ValueError(f"the window rises for {window[0]} samples and falls for {window[1]}; both must be above 0 "
+                         f"and their sum at most {N_FFT}")
 
 
 def _log_mel(frames, lookahead, window):

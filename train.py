@@ -53,8 +53,8 @@ def parse_arguments():
     add("--window", type=int, nargs=2, default=WINDOW, metavar=("RISE", "FALL"), help="shape of the mel's window, in "
         "samples; 512 512 is the Hann window (default: %(default)s; models of another cannot be sampled)")
     add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
-        "--window 512 512: the usual centred one), to measure what the look into the future is worth; -N: the same, cut "
-        "off where the frame ends (default: %(default)s; models of another cannot be sampled)")
+        "--window 512 512: the usual centred one), to measure what the look into the future is worth; -N: the same, "
+        "cut off where the frame ends (default: %(default)s; models of another cannot be sampled)")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, help="preset of model.py (default: hybrid on a GPU, nano without one)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")

@@ -78,7 +78,7 @@ def read_audio(path):
             if resampler:
                 yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
     except (soundfile.SoundFileError, ValueError, OSError) as error:
-        reason = str(error).removeprefix(f"Error opening {str(path)!r}: ")
+        reason = str(error).removeprefix(f"Error opening {str(path)!r}: ") if os.path.exists(path) else "no such file"
         raise DataError(f"{path}: cannot be read as audio ({reason.strip()})") from error
     if n_samples == 0:
         raise DataError(f"{path}: holds no samples")

@@ -300,7 +300,7 @@ def test_prompt_and_output_may_be_the_same_file(run, tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     (["--ckpt", "absent.pt"], ["absent.pt"]),
-    (["--prompt", "absent.wav"], ["absent.wav"]),
+    (["--prompt", "absent.wav"], ["absent.wav", "no such file"]),
     (["--codec", "absent"], ["absent"]),
     (["--out", "nowhere/a.wav"], ["nowhere"]),
     (["--out", "sample.mp3"], ["sample.mp3", ".wav"]),

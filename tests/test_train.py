@@ -371,8 +371,9 @@ def test_a_signal_while_preparing_ends_the_run_without_a_word(own_clips, tiny_co
     write_clips(own_clips, [16] * 12)                         # so much that it cannot be over before the signal
     command = [sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file, "--steps", "1", "--context",
                "32", "--batch-size", "2", "--device", "cpu", "--model", "nano"]
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)      # a shell's background jobs do not
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+                               start_new_session=True, preexec_fn=listen)
     try:
         while not list(data.CACHE.glob(f".{own_clips.name}-*/clips/*.part")):
             assert process.poll() is None, process.stderr.read()

@@ -18,9 +18,9 @@ Encoding is most of the work. Files of about the same length go through the code
 of the CPU; each is put away when it is done, so that an interrupted preparation goes on with those that are missing
 (if the folder has not changed meanwhile).
 
-A batch is a pure function of (seed, step): the same for every model, and after a resume. Each row is a window of one
-clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding that no target
-counts. The first position of a clip is START, so the model is always told that there is nothing before.
+A batch is a pure function of (seed, step): the same for every model, and after a resume. Each row is a crop of one
+clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding, whose targets do
+not count. The first position of a clip is START, so the model is always told that there is nothing before.
 """
 import contextlib
 import hashlib
@@ -46,7 +46,7 @@ ASSETS = Path(__file__).parent / "assets"
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time,
-BLOCK_VALUES = 4_000_000             # and never more than this, all channels together
+BLOCK_VALUES = 4_000_000             # but at most so many values, those of all channels counted
 LONG = 60                            # seconds: on a CPU a longer file is encoded alone
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
 SUFFIXES |= {".oga", ".opus", ".aif"}
@@ -232,7 +232,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead
                  "mel_codebooks": mel_codebooks, "lookahead": lookahead, "window": window}
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
-    home = Path(cache) / f"{name}-{Path(codec.name).name}-{key}"
+    home = Path(cache) / f"{name}-{codec.name}-{key}"
     if not (home / "meta.json").is_file():
         with writing(cache), alone(Path(cache)):
             if not (home / "meta.json").is_file():            # or has another process been faster?
@@ -267,7 +267,7 @@ class _Encoding(torch.utils.data.IterableDataset):
             try:
                 yield from self.encode(batch)
             except OSError as error:                          # of the cache's disk; what cannot be read is a DataError
-                yield None, error                             # to be raised where it is known what that means
+                yield None, error                             # raised again in `_encode`, inside `writing`
 
     def encode(self, batch):
         # a number of its own for each process: one whose parent was killed may still be at work
@@ -313,7 +313,8 @@ def _encode(home, folder, files, codec, made_with, title, quiet):
     n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not on_cpu or sum(seconds.values()) < LONG:
         n_workers = 0                                         # in this process
-    side_by_side, batches = max(1, min(8, len(todo) // max(1, n_workers))) if on_cpu else 64, []
+    side_by_side = max(1, min(8, len(todo) // max(1, n_workers))) if on_cpu else 64
+    batches = []
     while todo:
         n = 1 if on_cpu and seconds[todo[0]] > LONG else side_by_side
         batches.append(todo[:n])
@@ -341,7 +342,7 @@ def _join(home, dataset, name, names, made_with, problems):
     if not usable:
         raise DataError(f"nothing usable in dataset '{name}': all {len(names)} files were skipped")
     paths, row = [home / "clips" / f"{i}.clip" for i in usable], _row(made_with)
-    lengths = [path.stat().st_size // row.itemsize for path in paths]
+    lengths = [path.stat().st_size // row.itemsize for path in paths]                     # in frames
     ends, n_frames = np.cumsum(lengths), sum(lengths)
     clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable]
     if len(clips) == 1:
@@ -349,12 +350,13 @@ def _join(home, dataset, name, names, made_with, problems):
             raise DataError(f"dataset '{name}' holds {n_frames} frames in one file: too few to train and validate on")
         print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
         cut = n_frames - max(1, n_frames // 10)
-        clips, used, is_val, lengths = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True], [cut]
+        clips, used, is_val, n_train = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True], [cut]
     else:
-        is_val = split_clips(used, dataset)
         if _split_by_folder(names, dataset):                  # even if one side has lost all its files
             is_val = [name.startswith("val/") for name in used]
-        lengths = [length * (not val) for length, val in zip(lengths, is_val)]            # what trains of each file
+        else:
+            is_val = split_clips(used, dataset)
+        n_train = [length * (not val) for length, val in zip(lengths, is_val)]            # what trains of each file
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
     n, total, products = 0, np.zeros(N_MELS), np.zeros((N_MELS, N_MELS))
@@ -363,7 +365,7 @@ def _join(home, dataset, name, names, made_with, problems):
             dtype, width = row[field].subdtype
             np.lib.format.write_array_header_1_0(
                 file, {"descr": dtype.str, "fortran_order": False, "shape": (n_frames, *width)})
-        for path, left in zip(paths, lengths):
+        for path, left in zip(paths, n_train):
             with open(path, "rb") as file:
                 while len(rows := np.fromfile(file, row, 100_000)):                       # bounded memory
                     codes.write(rows["codes"].tobytes())
@@ -428,40 +430,40 @@ class Dataset:
         so that the first frames of a clip, where sampling starts, come up often.
         """
         rng = np.random.default_rng((seed, step))
-        windows = []
+        crops = []
         for frame in rng.integers(self.train_ends[-1], size=batch_size):
             clip = np.searchsorted(self.train_ends, frame, side="right")
             start, end = self.train[clip]
             offset = frame - (self.train_ends[clip] - (end - start)) - context // 2
-            windows.append((start, end, max(0, min(offset, end - start - context)), 0))
-        return self.gather(windows, context)
+            crops.append((start, end, max(0, min(offset, end - start - context)), 0))
+        return self.gather(crops, context)
 
     def validation(self, context, batch_size):
         """The whole validation split in fixed order: yields (codes, mel, targets, clip (B,)) batches.
 
-        Windows overlap by half and only the second half of each is scored, the first window of a clip whole: every
+        Crops overlap by half and only the second half of each is scored, the first crop of a clip whole: every
         target counts exactly once, with at least half a context behind it wherever the clip has that much.
         `context` must be even.
         """
         half = context // 2
-        windows = [(i, start, end, offset, half if offset else 0)
-                   for i, (start, end) in enumerate(self.val)
-                   for offset in [0, *range(half, end - start - half, half)]]
-        for i in range(0, len(windows), batch_size):
-            part = windows[i:i + batch_size]
-            yield (*self.gather([w[1:] for w in part], context), torch.tensor([w[0] for w in part]))
+        crops = [(i, start, end, offset, half if offset else 0)
+                 for i, (start, end) in enumerate(self.val)
+                 for offset in [0, *range(half, end - start - half, half)]]
+        for i in range(0, len(crops), batch_size):
+            part = crops[i:i + batch_size]
+            yield (*self.gather([crop[1:] for crop in part], context), torch.tensor([crop[0] for crop in part]))
 
-    def gather(self, windows, context):
-        """Windows (clip start, clip end, offset, first scored position) -> padded tensors, inputs one frame behind.
+    def gather(self, crops, context):
+        """Crops (clip start, clip end, offset, first scored position) -> padded tensors, inputs one frame behind.
 
         Position p of a row predicts frame offset + p of the clip and is shown frame offset + p - 1; before the
         clip's first frame it is shown START.
         """
-        B, all_codes, all_mel = len(windows), self.codes, self.mel
+        B, all_codes, all_mel = len(crops), self.codes, self.mel
         codes = torch.zeros(B, all_codes.shape[1], context, dtype=torch.long)
         mel = torch.zeros(B, context, all_mel.shape[1])
         targets = torch.full((B, all_codes.shape[1], context), IGNORE)
-        for row, (start, end, offset, score_from) in enumerate(windows):
+        for row, (start, end, offset, score_from) in enumerate(crops):
             first, n = start + offset, min(context, end - start - offset)
             at_start = int(offset == 0)                       # the clip's first input is START, not a frame
             shown = slice(first - 1 + at_start, first - 1 + n)

@@ -7,7 +7,7 @@ Two choices are unusual. One is *when* a frame looks. Frame t belongs to samples
 one column of codec tokens stands for, and its window ends exactly there:
 
     samples  -64  0          320          640          960          1280
-    frame 2   ├───┼───────────────────────────────────┤             window = wave[-64 : 960], zeros before the clip
+    frame 2   ├───┼───────────────────────────────────┤             stretch = wave[-64 : 960], zeros before the clip
               zeros                                   └ (t+1)*HOP = 960: not one sample later
 
 The usual centred window reaches past (t+1)*HOP, into the audio of the token that a model at this position has to
@@ -16,8 +16,8 @@ window reach past on purpose, to measure how much that leak is worth.
 
 The other is *where* in it a frame listens. The usual Hann window of 1024 samples is nearly deaf at its end, and that
 is where the frame's own 320 samples are: they make a tenth of what it hears. Ours rises for 480 samples and falls in
-the last 32, and they make nearly all of it; the past stands in the frames before. Speech coders, which cannot wait
-either, use such windows (ITU-T G.729, 3.2.1).
+the last 32, and they make nearly all of it; the past stands in the frames before. Speech coders, which can hardly wait
+either, use such lopsided windows (ITU-T G.729, 3.2.1: with 5 ms of the future; ours has none).
 
     >>> log_mel(torch.randn(24000)).shape
     torch.Size([75, 80])
@@ -31,7 +31,8 @@ import torch.nn.functional as F
 SAMPLE_RATE = 24_000                 # Hz, EnCodec's
 HOP = 8 * 5 * 4 * 2                  # 320 samples: the product of EnCodec's strides
 FRAME_RATE = SAMPLE_RATE // HOP      # 75 frames a second, one clock for mel frames, codec tokens and model positions
-N_FFT = 1024                         # samples that a frame is judged by: 42.7 ms, of which its window may use fewer
+N_FFT = 1024                         # samples of a stretch, 42.7 ms. The window may weigh some with zero; the spectrum
+                                     # is then still sampled finely enough for the narrow low bands
 N_MELS = 80
 WINDOW = (480, 32)                   # samples in which it rises, and in which it falls to zero at the frame's end
 HANN = (N_FFT // 2, N_FFT // 2)      # the usual one
@@ -101,11 +102,9 @@ def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
     wave (..., N) -> (..., N // hop, n_fft), a view of the padded wave. Samples before the start and after the end are
     zero.
     """
-    n_frames = wave.shape[-1] // hop
-    wave = F.pad(wave[..., : n_frames * hop + lookahead], (n_fft - hop - lookahead, lookahead))
-    if n_frames == 0:
+    if wave.shape[-1] < hop:                   # nothing to unfold
         return wave.new_zeros(*wave.shape[:-1], 0, n_fft)
-    return wave.unfold(-1, n_fft, hop)[..., :n_frames, :]                                 # (..., T, n_fft)
+    return F.pad(wave, (n_fft - hop - lookahead, lookahead)).unfold(-1, n_fft, hop)       # (..., T, n_fft)
 
 
 def mel_power(frames, n_mels=N_MELS, window=None):
@@ -129,7 +128,7 @@ def log_mel(wave, lookahead=0, window=WINDOW):
     """Causal log-mel spectrogram of a 24 kHz waveform.
 
     wave (B, N) or (N,) float32 in [-1, 1] -> (B, T, 80) or (T, 80), T = N // 320; raw natural-log power, not
-    whitened. Frame t depends on samples before (t+1)*HOP only. Differentiable, on any device.
+    whitened. Without a lookahead, frame t depends on samples before (t+1)*HOP only. Differentiable, on any device.
     lookahead: for experiments. The window ends so many samples *past* the frame, and what it hears there is a leak; a
         negative one moves the window as far and cuts it off where the frame ends, which shows what else the move does
     window: (rise, fall) as in `late_window`; HANN where nothing is predicted

@@ -51,14 +51,14 @@ class Config:
     n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
     n_depth_layer: int = 2           # blocks over depth, if K > 1
     n_depth_embd: int = 128          # their width; a multiple of n_embd // n_head
-    context: int = 512               # positions a position can see, itself included
+    context: int = 512               # positions that attention sees, its own included
     dropout: float = 0.0
 
 
 PRESETS = {
     # the paper's three, and gpt-m: a token-only model of the hybrid's size
     "gpt-s":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024, use_mel=False),
-    "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1141, use_mel=False),        # as large as hybrid
+    "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1144, use_mel=False),        # as large as hybrid
     "hybrid":   Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024),
     "gpt-l":    Config(n_layer=12, n_head=8, n_embd=512, n_inner=2048, use_mel=False),
     # learns something on two CPU cores in minutes, and its token-only twin; to be listened to: all codes of codec mini
@@ -123,21 +123,19 @@ class Block(nn.Module):
         self.attention = Attention(n_embd, head_dim)
         self.up = nn.Linear(n_embd, n_inner, bias=False)
         self.proj = nn.Linear(n_inner, n_embd, bias=False)
-        self.dropout = dropout
+        self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, *context):
-        x = x + self.drop(self.attention(norm(x), *context))
+    def forward(self, x, rotary, mask=None, cache=None):
+        x = x + self.drop(self.attention(norm(x), rotary, mask, cache))
         return x + self.drop(self.proj(F.silu(self.up(norm(x)))))
-
-    def drop(self, x):
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 class Cache:
     """Keys and values of the last `context` positions, for generating one position at a time in constant time.
 
     Attention does not care in which order its keys stand, and every key carries its own position (rotary), so a
-    ring will do: position t overwrites position t - context.
+    ring will do: position t overwrites position t - context. (Past `context`, a deep layer hears of more than it ever
+    did in training: each of the positions it sees has seen as many before.)
     """
 
     def __init__(self, context):
@@ -173,7 +171,7 @@ class HybridGPT(nn.Module):
             raise ValueError("a model needs use_codes or use_mel")
         if c.fuse not in ("concat", "add") or c.n_input_codebooks < 1:
             raise ValueError(f'fuse "{c.fuse}" must be "concat" or "add", n_input_codebooks at least 1')
-        if c.n_embd % c.n_head or head_dim % 2 or head_dim == 0 or (c.use_mel and c.n_mel_embd % head_dim) or (
+        if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim) or (
                 c.n_codebooks > 1 and c.n_depth_embd % head_dim):
             raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, n_mel_embd "
                              f"{c.n_mel_embd} and n_depth_embd {c.n_depth_embd} multiples of that size")
@@ -201,7 +199,8 @@ class HybridGPT(nn.Module):
         self.register_buffer("rotary", rotary_angles(0, max(c.context, c.n_codebooks), head_dim), persistent=False)
 
         for name, p in self.named_parameters():
-            # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions
+            # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions (that
+            # of the stack, in the small transformers too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too
@@ -238,19 +237,19 @@ class HybridGPT(nn.Module):
     def forward(self, codes, mel, targets=None, cache=None):
         """Logits of the next coarse code at every position, and the losses.
 
-        codes (B, K, T) int64, of which the first n_input_codebooks rows are read, of the presets the coarse one; START
-            in the coarse row at the position before a clip
+        codes (B, K, T) int64, of which the first n_input_codebooks rows are read (the presets read one, the coarse
+            code); START in the coarse row at the position before a clip
         mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None without a mel branch
         targets (B, n_codebooks or more, T) int64 or None: the next frames' codes, IGNORE where none counts
         cache: a `Cache`, then T is 1 and the positions before this one are remembered
         Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,); without
-        targets instead of the losses what `finer_logits` wants: the stack's output, (B, T, n_embd).
+        targets, in place of the losses, the stack's output (B, T, n_embd), which `finer_logits` takes.
         """
         x = self.stack(codes, mel, cache)                                         # (B, T, n_embd)
         logits = self.head(x)                                                     # (B, T, 1024)
         if targets is None:
             return logits, x
-        nll = lambda logits, targets: F.cross_entropy(logits.float(), targets, ignore_index=IGNORE)
+        nll = lambda scores, codes: F.cross_entropy(scores.float(), codes, ignore_index=IGNORE)
         losses = [nll(logits.flatten(0, 1), targets[:, 0].flatten())]
         if self.config.n_codebooks > 1:
             every = DEPTH_EVERY if self.training else 1

@@ -11,8 +11,8 @@ One frame, 1/75 s, at a time, around one loop:
     └── coarse code and mel of this frame ◀──────────────── log-mel ◀──────┘
 
 A model with several codebooks draws the finer codes of a frame one after the other, each knowing those before it. They
-say how the wave goes exactly. Drawn less boldly than the coarse code (`--finer-temperature 0.5`) they make speech
-smoother; but a hybrid hears what it has drawn, and music may die away, see notebooks/06_sampling.ipynb.
+fix the exact shape of the wave. Drawn at a lower temperature than the coarse code (`--finer-temperature 0.5`) they make
+speech smoother; but a hybrid hears what it has drawn, and music may die away, see notebooks/06_sampling.ipynb.
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
 no frame costs more than one with a full context. The mel that the model is shown is that of what is really heard.

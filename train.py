@@ -6,7 +6,8 @@ train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
     python train.py --dataset ~/recordings --out mine.pt    your own folder of audio
     python train.py --resume                                go on after an interruption, from out.last.pt
     python train.py --eval out.pt                           score a checkpoint, train nothing
-    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; the same losses
+    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; without dropout the
+                                                            same losses
 
 Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
 that was printed. An evaluation is the whole validation split in fixed order, so two of them can be compared.
@@ -31,12 +32,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from corpora import CORPORA, DISK_FULL
-from data import IGNORE, DataError, prepare
+from data import DataError, prepare
 from mel import WINDOW
-from model import CODEBOOK_SIZE, DEPTH_EVERY, PRESETS, CheckpointError, HybridGPT, load_checkpoint, to_checkpoint
+from model import (CODEBOOK_SIZE, DEPTH_EVERY, IGNORE, PRESETS, CheckpointError, HybridGPT, load_checkpoint,
+                   to_checkpoint)
 from tokens import CodecError, load_codec
 
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
 
 
 def parse_arguments():
@@ -64,7 +66,7 @@ def parse_arguments():
         "use_codes=False n_mel_layer=2")
     add = parser.add_argument_group("how to train").add_argument
     add("--steps", type=int, default=300, help="default: %(default)s")
-    add("--batch-size", type=int, default=16, help="windows of one context each, per step (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="crops of one context each, per step (default: %(default)s)")
     add("--accumulate", type=int, default=1,
         help="split each batch into so many, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate; warm-up, then cosine to a tenth (default: 1.2e-2 for the "
@@ -118,7 +120,8 @@ def parse_arguments():
         parser.error("--eval wants a checkpoint")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
-    args.given = {word.split("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--")}
+    given = [word.split("=")[0][2:].removeprefix("no-") for word in sys.argv[1:] if word.startswith("--")]
+    args.given = {name.replace("-", "_") for name in given}
     return args
 
 
@@ -264,7 +267,7 @@ def main():
     if checkpoint and checkpoint["codec_checksum"] != codec.checksum:
         raise CheckpointError(f"{args.eval or last} was trained on codes of codec {checkpoint['codec']} "
                               f"({checkpoint['codec_checksum']}); {args.codec} here is {codec.checksum}")
-    wanted = 0 if args.eval else max(args.n_codebooks, args.set.get("n_input_codebooks", 1))
+    wanted = max(model.config.n_codebooks, model.config.n_input_codebooks)
     if wanted > codec.n_codebooks:
         raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {wanted}: choose --n-codebooks "
                          "and n_input_codebooks")
@@ -307,7 +310,8 @@ def main():
         step, tokens_seen, seconds, best = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "best"))
         if not out.exists():                                  # lost: the next evaluation writes it anew
             best = math.inf
-    forward = torch.compile(model) if (device.type == "cuda" if args.compile is None else args.compile) else model
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    forward = torch.compile(model) if compiled else model
     if WORLD > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
 
@@ -364,10 +368,11 @@ def main():
             stop = torch.tensor(stop, device=device)
             dist.all_reduce(stop, dist.ReduceOp.MAX)
             stop = stop.item()
-        if (step % 20 == 0 or step % args.eval_every == 0 or step == args.steps or stop) and not norm.isfinite():
+        due = step % args.eval_every == 0 or step == args.steps
+        if (step % 20 == 0 or due or stop) and not norm.isfinite():
             diverged("the loss or its gradient")
-        if (step % args.eval_every == 0 or step == args.steps) and RANK == 0:
-            figures, *_ = evaluate(model, data, args.batch_size, autocast)        # not `forward`: nothing to compile
+        if due and RANK == 0:                                 # `forward` would be compiled anew for eval mode
+            figures, *_ = evaluate(model, data, args.batch_size, autocast)
             if not math.isfinite(figures["val_nll"]):
                 diverged("the validation loss")
             report({"step": step, **figures, "unigram_nll": unigram, "n_params": n_params,
@@ -381,7 +386,7 @@ def main():
                 best = figures["val_nll"]
                 save(out, to_checkpoint(model, step=step, val_nll=best, **facts))
             time_logged, tokens_logged = time.time(), tokens_seen
-        if (step % args.eval_every == 0 or step == args.steps or stop) and RANK == 0:
+        if (due or stop) and RANK == 0:
             content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
                                     seconds=seconds, best=best, args=options, **facts)
             save(last, content)

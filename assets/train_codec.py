@@ -83,7 +83,7 @@ def load(folders):
 def batch(train, rng, batch_size, n_samples):
     """Random crops, an equal share of every folder, varied as below -> (B, n_samples) float32 in [-1, 1].
 
-    Half of them are played up to 20 % faster or slower, which moves pitch and formants too; one in five comes from a
+    Half of them are played at 0.8 to 1.25 times the speed, which moves pitch and formants too; one in five comes from a
     room: plus noise that dies away by 60 dB in 0.1 to 0.6 seconds, convolved with it. Level and polarity are random.
     """
     rows = []
@@ -265,7 +265,7 @@ def log_bands(wave, n_fft, n_mels, hop, floor=3e-5):
 class Envelope:
     """wave (B, N) -> targets for n latents, (B, n, T): the spectral envelope, half of what is predictable taken off.
 
-    The n strongest principal components of log-mel frames (mel.py's: causal, one per code), minus WHITEN times those
+    The n strongest principal components of log-mel frames (causal Hann windows, one per code), minus WHITEN times those
     of the frame before. A code is chosen without regard to its neighbours, so whatever repeats from frame to frame is
     paid for in each; with all of it taken off, the decoder, which adds the frames up again, would add up their errors
     too. The best lies in between: half-whitening (Costas, Coding with linear systems, 1952).
@@ -366,7 +366,7 @@ def measure(model, held_out, envelope, phase, device, n_clips=12, seconds=4):
         distance = lambda z: round((mel(model.decoder(z)[:, 0]) - mel(wave)).abs().mean().item(), 3)
         waveform, shape, _ = kinds(latents, envelope.n)
         error = (shape - target).var((0, 2)).sum() / target.var((0, 2)).sum()
-        all_heard = torch.ones(len(wave), ALOUD, latents.shape[2], device=device)
+        all_heard = aloud(torch.full((len(wave),), 8, device=device))[:, :, None].expand(-1, -1, latents.shape[2])
         report[name] = {"envelope": round(1 - error.item(), 3),
                         "unquantised": distance(torch.cat([waveform, shape, all_heard], dim=1))}
         if phase >= 3:
@@ -465,8 +465,8 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from OUT.last, written every two minutes")
     args = parser.parse_args()
     last = f"{args.out}.last"
-    if not min(args.steps, args.batch_size, args.frames, args.n_filters, args.lstm) > 0 or args.dimension < 8:
-        parser.error("--dimension must be at least 8, all other sizes and --steps above 0")
+    if not min(args.steps, args.batch_size, args.n_filters, args.lstm) > 0 or args.dimension < 8 or args.frames < 29:
+        parser.error("--dimension must be at least 8, --frames 29, all other sizes and --steps 1")
     if not Path(args.out).parent.is_dir():
         parser.error(f"--out {args.out}: no such folder")
     if not args.resume and Path(last).exists():

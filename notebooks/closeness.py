@@ -2,18 +2,18 @@
 closeness.py: is what a model generates distributed like real audio?
 
     python notebooks/closeness.py speech assets/nano-speech.pt assets/nano-gpt-speech.pt
-    python notebooks/closeness.py music assets/nano-music.pt
+    python notebooks/closeness.py music assets/nano-music.pt assets/nano-gpt-music.pt
 
 Each checkpoint generates clips from nothing; each 1/75 s of them becomes a vector of 160 numbers: a log-mel frame and
-how much it changes within the next 1/15 s. Two sets of clips are compared by the Fréchet distance of these vectors,
+how much it changes within the next 1/15 s. Two sets of clips are compared by the Fréchet distance (squared, as in FID),
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))      m mean, C covariance, in nats squared
 
-the distance between two Gaussians (Dowson and Landau, 1982); no network judges. It hears timbre, loudness, pauses and
-how fast things change, not words or melodies. Everything is measured against the validation clips, and so are, to know
-what a figure is worth, the training clips (nothing should be expected to come closer) and the validation clips as the
-codec decodes them. What a model has generated is measured again with its coarse codes alone decoded. Every set of clips
-is drawn anew with other seeds, so that one can see by how much chance alone moves a figure. Prints a table and writes
+of two Gaussians with the mean and covariance of their vectors (Dowson and Landau, 1982); no network judges. It hears
+timbre, loudness, pauses and how fast things change, not words or melodies. All sets are compared with the validation
+clips. For scale, so are the training clips (nothing should be expected to come closer) and the codec's own copy of the
+validation clips. What a model has generated is measured again with its coarse codes alone decoded. Every set is drawn
+again with other seeds, to show how far chance alone moves a figure. Prints a table and writes
 results/closeness-DATASET.json.
 """
 import argparse
@@ -76,10 +76,10 @@ def main():
 
     try:
         temperatures = [tuple(map(float, pair.split(":"))) for pair in args.temperature]
-        fine = all(len(pair) == 2 and min(pair) >= 0 for pair in temperatures)
+        valid = all(len(pair) == 2 and min(pair) >= 0 for pair in temperatures)
     except ValueError:
-        fine = False
-    if min(args.clips, args.seeds) < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6 or not fine:
+        valid = False
+    if min(args.clips, args.seeds) < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6 or not valid:
         parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames, --temperature like "
                      "1:0.5")
     models = {path: load(path) for path in args.checkpoints}
@@ -116,7 +116,7 @@ def main():
                 compare(f"{name}, only the coarse code decoded", [codec.decode(codes[:, :1]) for codes, _ in sets],
                         n_codebooks=1, **facts)
     out = Path(__file__).parent.parent / "results" / f"closeness-{Path(args.dataset).name}.json"
-    command = f"python notebooks/closeness.py {args.dataset} {' '.join(args.checkpoints)}"
+    command = f"python notebooks/closeness.py {' '.join(sys.argv[1:])}"
     write(out, {"command": command, "codec": codec.name, "codec_checksum": codec.checksum, "clips": args.clips,
                 "seconds": args.seconds, "seeds": args.seeds, "machine": machine(torch.get_num_threads()),
                 "torch": torch.__version__, "rows": rows})

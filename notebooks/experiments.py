@@ -15,12 +15,14 @@ gap       what is gained with the recording's mel, and what is left of it with t
           and `nano-gpt-all` predict all eight, as the presets do, and `nano-all` is trained on that mel, too. Hybrids
           are scored with the mel of the original, of eight codebooks and of one
 window    `nano` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our kind;
-          one seed, as all but gap and streams: exploratory
+          one seed, as all but gap, streams and deep: exploratory
 leak      `nano` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which shows
           what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `nano`'s size
-size      both models narrower and wider, the learning rate in inverse proportion to the width
+deep      four blocks over the mel, which helps music, trained on either mel
+size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
+          inverse proportion to the width
 steps     the models of the gap that predict the coarse code, trained four times as long
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
 context   both models with more and fewer positions, as many targets a step
@@ -51,9 +53,10 @@ from tokens import MINI_SHA256
 
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
 NANO, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
+NANO_ALL, GPT_ALL = NANO[:2], GPT[:2]                         # all eight codes, as the presets do
 EXPERIMENTS = {                                               # question: {model: options of train.py}
     "gap": {"nano": NANO, "nano-heard": [*NANO, "--mel-codebooks", "8"], "nano-gpt": GPT,
-            "nano-all": NANO[:2], "nano-gpt-all": GPT[:2]},
+            "nano-all": NANO_ALL, "nano-gpt-all": GPT_ALL},
     "window": {f"nano-window{rise + fall}": [*NANO, "--window", str(rise), str(fall)]
                for rise, fall in ((512, 512), (960, 32), (288, 32))},
     "leak": {f"nano-{how}{n}": [*NANO, "--window", "512", "512", "--lookahead", f"{sign}{n}"]
@@ -64,11 +67,13 @@ EXPERIMENTS = {                                               # question: {model
     "fuse": {"nano-add": [*NANO, "--set", "fuse=add", "n_inner=528"],
              **{f"nano-blocks{n}": [*NANO, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
                 for n, inner in ((0, 584), (2, 440), (4, 296))}},
+    "deep": {"nano-blocks4": [*NANO, "--set", "n_mel_layer=4", "n_inner=296"],
+             "nano-heard-blocks4": [*NANO, "--mel-codebooks", "8", "--set", "n_mel_layer=4", "n_inner=296"]},
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
              for n in (64, 192, 256) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
     "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in
               (("nano", NANO), ("nano-heard", [*NANO, "--mel-codebooks", "8"]), ("nano-gpt", GPT))},
-    "noise": {"nano-all-noise": [*NANO[:2], "--mel-codebooks", "8", "--set", "mel_noise=0.5"],
+    "noise": {"nano-all-noise": [*NANO_ALL, "--mel-codebooks", "8", "--set", "mel_noise=0.5"],
               "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (32, 64, 128, 512) for name, options in (("nano", NANO), ("nano-gpt", GPT))}}
@@ -156,7 +161,9 @@ def score(dataset, model, lr, seed):
 def trained_on(model):
     """The codebooks whose mel a model is trained on, "0": the original's; "0" of token-only models, too."""
     options = MODELS[model]
-    return options[options.index("--mel-codebooks") + 1] if "--mel-codebooks" in options else "0"
+    if "--mel-codebooks" in options:
+        return options[options.index("--mel-codebooks") + 1]
+    return "8" if model in TWINS and "--n-codebooks" not in options else "0"             # train.py's default
 
 
 def bootstrap(gains, weights, draws=1000):
@@ -220,7 +227,7 @@ def main():
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap and streams (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap, streams and deep (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--table", action="store_true", help="print the table of the results that exist")
     args = parser.parse_args()
@@ -236,7 +243,7 @@ def main():
             best = {model: min(LEARNING_RATES, key=lambda lr: nll[model, lr]) for model, _ in search}
             runs = []
             for question in args.only:
-                seeds = range(args.seeds if question in ("gap", "streams") else 1)
+                seeds = range(args.seeds if question in ("gap", "streams", "deep") else 1)
                 for model, options in EXPERIMENTS[question].items():
                     lr, width = best[options[1]], re.search(r"width(\d+)", model)
                     if width:

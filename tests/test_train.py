@@ -337,6 +337,14 @@ def test_resuming_keeps_the_number_format_of_the_run_unless_told_otherwise(run, 
     assert "on cpu in float32" in run(tmp_path, "--resume", "--device", "cpu", "--dtype", "float32", small=False).out
 
 
+def test_a_run_that_was_compiled_can_continue_without(run, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    assert run(tmp_path, "--compile").code == 0
+    assert run(tmp_path, "--resume", "--no-compile", small=False).code == 0
+    assert len(compiled) == 1
+
+
 def test_resuming_without_the_best_checkpoint_writes_one(run, tmp_path):
     assert run(tmp_path).code == 0
     (tmp_path / "out.pt").unlink()

@@ -15,12 +15,12 @@ gap       what is gained with the recording's mel, and what is left of it with t
           and `nano-gpt-all` predict all eight, as the presets do, and `nano-all` is trained on that mel, too. Hybrids
           are scored with the mel of the original, of eight codebooks and of one
 window    `nano` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our kind;
-          one seed, as all but gap, streams and deep: exploratory
+          one seed, as all but gap and streams: exploratory
 leak      `nano` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which shows
           what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
-fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `nano`'s size
-deep      four blocks over the mel, which helps music, trained on either mel
+fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `nano`'s size; four
+          trained on decoded mel, too
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
           inverse proportion to the width
 steps     the models of the gap that predict the coarse code, trained four times as long
@@ -66,8 +66,7 @@ EXPERIMENTS = {                                               # question: {model
                 "nano-codes8": [*GPT, "--set", "n_input_codebooks=8"]},
     "fuse": {"nano-add": [*NANO, "--set", "fuse=add", "n_inner=528"],
              **{f"nano-blocks{n}": [*NANO, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
-                for n, inner in ((0, 584), (2, 440), (4, 296))}},
-    "deep": {"nano-blocks4": [*NANO, "--set", "n_mel_layer=4", "n_inner=296"],
+                for n, inner in ((0, 584), (2, 440), (4, 296))},
              "nano-heard-blocks4": [*NANO, "--mel-codebooks", "8", "--set", "n_mel_layer=4", "n_inner=296"]},
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
              for n in (64, 192, 256) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
@@ -227,7 +226,7 @@ def main():
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap, streams and deep (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap and streams (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--table", action="store_true", help="print the table of the results that exist")
     args = parser.parse_args()
@@ -243,7 +242,7 @@ def main():
             best = {model: min(LEARNING_RATES, key=lambda lr: nll[model, lr]) for model, _ in search}
             runs = []
             for question in args.only:
-                seeds = range(args.seeds if question in ("gap", "streams", "deep") else 1)
+                seeds = range(args.seeds if question in ("gap", "streams") else 1)
                 for model, options in EXPERIMENTS[question].items():
                     lr, width = best[options[1]], re.search(r"width(\d+)", model)
                     if width:

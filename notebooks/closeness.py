@@ -13,8 +13,8 @@ of two Gaussians with the mean and covariance of their vectors (Dowson and Landa
 timbre, loudness, pauses and how fast things change, not words or melodies. All sets are compared with the validation
 clips. For scale, so are the training clips (nothing should be expected to come closer) and the codec's own copy of the
 validation clips. What a model has generated is measured again with its coarse codes alone decoded. Every set is drawn
-again with other seeds, to show how far chance alone moves a figure. Prints a table and writes
-results/closeness-DATASET.json.
+again with other seeds, to show how far chance alone moves a figure. Prints a table and writes a file, unless told
+otherwise results/closeness-DATASET.json.
 """
 import argparse
 import sys
@@ -72,6 +72,7 @@ def main():
     parser.add_argument("--temperature", nargs="+", default=["0.8:0.8", "1:1", "1:0.5"], metavar="T:F",
                         help="of the coarse and of the finer codes (default: 0.8:0.8 1:1 1:0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="sets of clips, from seed 0 on (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="(default: results/closeness-DATASET.json)")
     args = parser.parse_args()
 
     try:
@@ -82,6 +83,9 @@ def main():
     if min(args.clips, args.seeds) < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6 or not valid:
         parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames, --temperature like "
                      "1:0.5")
+    out = args.out or Path(__file__).parent.parent / "results" / f"closeness-{Path(args.dataset).name}.json"
+    if not out.parent.is_dir():
+        parser.error(f"--out {out}: no such folder")
     models = {path: load(path) for path in args.checkpoints}
     codec = models[args.checkpoints[0]][1]
     if any(other.checksum != codec.checksum for _, other, _ in models.values()):
@@ -115,7 +119,6 @@ def main():
             if model.config.n_codebooks > 1:
                 compare(f"{name}, only the coarse code decoded", [codec.decode(codes[:, :1]) for codes, _ in sets],
                         n_codebooks=1, **facts)
-    out = Path(__file__).parent.parent / "results" / f"closeness-{Path(args.dataset).name}.json"
     command = f"python notebooks/closeness.py {' '.join(sys.argv[1:])}"
     write(out, {"command": command, "codec": codec.name, "codec_checksum": codec.checksum, "clips": args.clips,
                 "seconds": args.seconds, "seeds": args.seeds, "machine": machine(torch.get_num_threads()),

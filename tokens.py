@@ -257,15 +257,17 @@ def _load_encodec(device, folder):
     where = Path(folder) / ENCODEC_FILE if folder else encodec.model.ROOT_URL + ENCODEC_FILE
     checksum = ENCODEC_FILE.split("-")[1].split(".")[0]       # verified by the package, but not for a cached download
     cached = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_FILE
-    if not folder and cached.is_file():
-        if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(checksum):
-            raise CodecError(f"the cached download {cached} is damaged: delete it and try again")
     try:
         if folder and not where.is_file():
             raise FileNotFoundError("no such file")
+        if not folder and cached.is_file():
+            if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(checksum):
+                raise CodecError(f"the cached download {cached} is damaged: delete it and try again")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = EncodecModel.encodec_model_24khz(repository=Path(folder) if folder else None)
+    except CodecError:
+        raise
     except Exception as error:       # network, disk, checksum, unpickling: all mean that the weights cannot be had
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CodecError(f"cannot load EnCodec's weights from {where} ({reason}); fetch "

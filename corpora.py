@@ -3,7 +3,7 @@ corpora.py: published corpora, from their official addresses to a folder of audi
 
     address ──download, resumed──▶ archive ──checksum──▶ unpack ──▶ corpora/LibriSpeech/dev-clean/…
 
-    >>> folder, corpus = fetch("librispeech-mini")            # once: afterwards the folder is only named
+    >>> folder, corpus = fetch("librispeech-mini")            # downloads once, then only says where
 
     name               what                                                                      download    licence
     librispeech        100.6 h of read English, 251 speakers; 5.4 h of 40 others validate          6.7 GB    CC BY 4.0
@@ -157,7 +157,7 @@ def download(archive, home):
                 raise DataError(f"{archive.url}: what arrived is not what its publishers describe (it should have the "
                                 f"checksum {archive.checksum}); it was deleted: run the command again")
             idle = 0 if path.exists() and path.stat().st_size > have else idle + 1
-            if problem or idle:
+            if (problem or idle) and idle < ATTEMPTS:
                 time.sleep(min(2 ** idle / 2, TIMEOUT))
     raise DataError(f"{archive.url}: {ATTEMPTS} attempts in a row brought nothing ({problem or 'no bytes'}); "
                     + (f"{have:,} bytes are kept: " if have else "") + "run the command again to go on")

@@ -46,7 +46,7 @@ ASSETS = Path(__file__).parent / "assets"
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time,
-BLOCK_VALUES = 4_000_000             # but at most so many values, those of all channels counted
+BLOCK_VALUES = 4_000_000             # but at most so many values, all channels together
 LONG = 60                            # seconds: on a CPU a longer file is encoded alone
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
 SUFFIXES |= {".oga", ".opus", ".aif"}
@@ -188,7 +188,7 @@ def split_clips(names, dataset=None):
     """Which clips validate: bool per name (relative path).
 
     With top-level folders train/ and val/, those in val/. Otherwise the tenth or so whose path hashes low, so that
-    adding a file moves no other, but for the one that a small folder needs on either side. Raises DataError where
+    adding a file moves no other; in a small folder each side gets at least one. Raises DataError where
     train/ and val/ have a neighbour: nobody could tell which side it belongs to. A dataset of corpora.py has a split
     of its own, or groups of clips (of one speaker, say) that stay on one side.
     """
@@ -314,11 +314,9 @@ def _encode(home, folder, files, codec, made_with, title, quiet):
     if not on_cpu or sum(seconds.values()) < LONG:
         n_workers = 0                                         # in this process
     side_by_side = max(1, min(8, len(todo) // max(1, n_workers))) if on_cpu else 64
-    batches = []
-    while todo:
-        n = 1 if on_cpu and seconds[todo[0]] > LONG else side_by_side
-        batches.append(todo[:n])
-        todo = todo[n:]
+    n_long = sum(seconds[i] > LONG for i in todo) if on_cpu else 0
+    batches = [[i] for i in todo[:n_long]]
+    batches += [todo[i:i + side_by_side] for i in range(n_long, len(todo), side_by_side)]
     work = torch.utils.data.DataLoader(_Encoding(home, batches, folder, files, codec, made_with), batch_size=None,
                                        num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0,
                                        in_order=False)

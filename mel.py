@@ -16,8 +16,8 @@ window reach past on purpose, to measure how much that leak is worth.
 
 The other is *where* in it a frame listens. The usual Hann window of 1024 samples is nearly deaf at its end, and that
 is where the frame's own 320 samples are: they make a tenth of what it hears. Ours rises for 480 samples and falls in
-the last 32, and they make nearly all of it; the past stands in the frames before. Speech coders, which can hardly wait
-either, use such lopsided windows (ITU-T G.729, 3.2.1: with 5 ms of the future; ours has none).
+the last 32: the frame's own make nearly all of what it hears, and earlier frames have heard the rest. Speech coders,
+which can hardly wait either, use such lopsided windows (ITU-T G.729, 3.2.1: with 5 ms of the future; ours has none).
 
     >>> log_mel(torch.randn(24000)).shape
     torch.Size([75, 80])
@@ -150,7 +150,11 @@ def check_window(lookahead, window):
 
 
 def _log_mel(frames, lookahead, window):
-    """Stretches of samples (..., T, 1024) -> (..., T, 80). A negative lookahead moves so many out, and zeros in."""
+    """Stretches of samples (..., T, 1024) -> (..., T, 80).
+
+    A negative lookahead drops samples in front and appends zeros: the window ends past the frame, and hears nothing
+    there.
+    """
     if lookahead < 0:
         frames = F.pad(frames[..., -lookahead:], (0, -lookahead))
     return mel_power(frames, window=window).clamp(min=FLOOR).log()
@@ -161,7 +165,7 @@ class StreamingLogMel:
 
     `push(samples)` takes (N,) or (B, N), N >= 0 (the same B each time), and returns the (T, 80) or (B, T, 80)
     frames that became complete. It remembers the N_FFT - HOP samples that the next window reaches back to, and
-    those of a frame still incomplete. With a lookahead a frame comes so many samples later: push as many zeros at last.
+    those of a frame still incomplete. With a lookahead frames come so much later: at the end push as many zeros.
     """
 
     def __init__(self, lookahead=0, window=WINDOW):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 CODEBOOK_SIZE = 1024
 START = 1024                         # the code id of the position before a clip's first frame
 IGNORE = -1                          # a target that does not count
-DEPTH_EVERY = 8                      # in training the finer codes of every eighth frame are learnt: they cost most
+DEPTH_EVERY = 8                      # in training only every eighth frame's finer codes are learnt: they cost most
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Cache:
 
     Attention does not care in which order its keys stand, and every key carries its own position (rotary), so a
     ring will do: position t overwrites position t - context. (Past `context`, a deep layer hears of more than it ever
-    did in training: each of the positions it sees has seen as many before.)
+    did in training: each position it attends to has attended to as many before it.)
     """
 
     def __init__(self, context):
@@ -199,8 +199,8 @@ class HybridGPT(nn.Module):
         self.register_buffer("rotary", rotary_angles(0, max(c.context, c.n_codebooks), head_dim), persistent=False)
 
         for name, p in self.named_parameters():
-            # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions (that
-            # of the stack, in the small transformers too)
+            # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions
+            # (the stack's number, for the small transformers too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too

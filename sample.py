@@ -143,8 +143,8 @@ def main():
     out = Path(args.out)
     names = [out] if args.num == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.num)]
     live = args.out == "-"
-    if not live and (out.suffix.lower() not in (".wav", ".flac") or not out.parent.is_dir()
-                     or not os.access(out.parent, os.W_OK)):
+    if not live and (out.suffix.lower() not in (".wav", ".flac") or any(name.is_dir() for name in names)
+                     or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
         sys.exit(f"error: cannot write {out}: --out takes a .wav or .flac file in an existing, writable folder")
     try:
         torch.empty(1, device=args.device)
@@ -166,6 +166,8 @@ def main():
     with contextlib.ExitStack() as stack:
         for part in parts:
             stack.callback(part.unlink, missing_ok=True)
+        if sys.stderr.isatty():
+            stack.callback(print, file=sys.stderr)            # ends the line that shows the progress
         files = [stack.enter_context(soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, "PCM_16")) for part in parts]
         for t, (_, wave) in enumerate(generate(model, codec, n_frames, args.num, prompt, args.temperature,
                                                args.finer_temperature, top_k=args.top_k, top_p=args.top_p,

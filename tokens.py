@@ -106,13 +106,11 @@ class StreamEncoder:
         wave = torch.cat([self.rest, wave], dim=-1)
         whole = wave.shape[-1] // HOP * HOP
         self.rest = wave[:, whole:]
-        codes = []
+        codes = [torch.empty(len(wave), self.n_codebooks, 0, dtype=torch.long, device=wave.device)]
         for piece in wave[:, :whole].split(PIECE, dim=-1):
             if piece.shape[-1]:
                 latents = run_piece(self.codec.model.encoder.model, piece[:, None], self.state)     # (B, C, t)
                 codes.append(self.codec.quantize(latents, self.n_codebooks))
-        if not codes:
-            return torch.empty(len(wave), self.n_codebooks, 0, dtype=torch.long, device=wave.device)
         return torch.cat(codes, dim=-1)
 
 

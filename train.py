@@ -6,8 +6,8 @@ train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
     python train.py --dataset ~/recordings --out mine.pt    your own folder of audio
     python train.py --resume                                go on after an interruption, from out.last.pt
     python train.py --eval out.pt                           score a checkpoint, train nothing
-    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; without dropout the
-                                                            same losses
+    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; without dropout and
+                                                            mel_noise the same losses
 
 Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
 that was printed. An evaluation is the whole validation split in fixed order, so two of them can be compared.
@@ -53,22 +53,22 @@ def parse_arguments():
     add("--mel-codebooks", type=int, metavar="K", help="show the mel of what the first K codebooks decode to, as in "
         "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
     add("--window", type=int, nargs=2, default=WINDOW, metavar=("RISE", "FALL"), help="shape of the mel's window, in "
-        "samples; 512 512 is the Hann window (default: %(default)s; models of another cannot be sampled)")
+        "samples; 512 512 is the Hann window (default: %(default)s; models of another can be scored, not sampled)")
     add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
         "--window 512 512: the usual centred one), to measure what the look into the future is worth; -N: the same, "
-        "cut off where the frame ends (default: %(default)s; models of another cannot be sampled)")
+        "cut off where the frame ends (default: %(default)s; models of another can be scored, not sampled)")
     add = parser.add_argument_group("what to train").add_argument
-    add("--model", choices=PRESETS, help="preset of model.py (default: hybrid on a GPU, nano without one)")
+    add("--model", choices=PRESETS, default="nano", help="preset of model.py (default: %(default)s)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
     add("--context", type=int, help="positions the model sees, 75 a second; even (default: the preset's)")
     add("--dropout", type=float, default=0.1, help="default: %(default)s")
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other fields of model.py's Config, for example "
-        "use_codes=False n_mel_layer=2")
+    add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="other fields of model.py's "
+        "Config, for example use_codes=False n_mel_layer=2")
     add = parser.add_argument_group("how to train").add_argument
     add("--steps", type=int, default=300, help="default: %(default)s")
     add("--batch-size", type=int, default=16, help="crops of one context each, per step (default: %(default)s)")
     add("--accumulate", type=int, default=1,
-        help="split each batch into so many, to save memory (default: %(default)s)")
+        help="split each batch into so many parts, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate; warm-up, then cosine to a tenth (default: 1.2e-2 for the "
         "nano models, the best of four at 300 steps, 1e-3 for larger ones)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
@@ -99,6 +99,8 @@ def parse_arguments():
         old = getattr(PRESETS["nano"], field, None)
         try:
             fields[field] = value if isinstance(old, str) else ast.literal_eval(value)
+            if isinstance(old, float) and type(fields[field]) is int:
+                fields[field] = float(fields[field])
         except (ValueError, SyntaxError):
             pass
         elsewhere = field in ("n_codebooks", "context", "dropout", "n_mels")
@@ -162,11 +164,12 @@ def save(path, content):
 
 @torch.no_grad()
 def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
-    """Score the whole validation split: {"val_nll", "val_ppl", "val_acc"}, nats a code, and NLL sums per clip.
+    """Score the coarse code over the whole validation split, each target once (see Dataset.validation).
 
-    These are of the coarse code, whatever else the model predicts; "val_nll_finer" lists codebooks 2 to K. Each
-    target is scored once (see Dataset.validation). Returns (figures, sums (clips,), counts (clips,)).
+    Returns (figures, sums (clips,), counts (clips,)): {"val_nll" in nats a code, "val_ppl", "val_acc"}, for a model of
+    K > 1 codebooks also the list "val_nll_finer", codebooks 2 to K; NLL summed over each clip; each clip's targets.
     """
+    was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     sums, counts = np.zeros(len(data.val)), np.zeros(len(data.val))
@@ -181,7 +184,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
         correct += (logits.argmax(-1).cpu() == targets).sum().item()              # IGNORE is never an argmax
         np.add.at(sums, clip.numpy(), nll.cpu().double().numpy())
         np.add.at(counts, clip.numpy(), (targets != IGNORE).sum(1).numpy())
-    model.train()
+    model.train(was_training)
     nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
     figures = {"val_nll": nll, "val_ppl": float(np.exp(min(nll, 700))), "val_acc": accuracy}
     if len(finer):
@@ -205,7 +208,7 @@ def learning_rate(step, args):
 
 def terminated(*_):
     """What SIGTERM does while the data are prepared."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # or torch would report the helpers that got it, too
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # or torch would report its workers, which got it, too
     sys.exit(143)
 
 
@@ -217,6 +220,7 @@ def main():
         if args.eval:
             sys.exit("error: --eval takes one process: without torchrun")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        by_cpu = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
     if RANK:                                                  # the first process alone prepares, evaluates and writes
@@ -244,7 +248,6 @@ def main():
                 sys.exit(f"error: {path} exists: choose another --out, continue it with --resume, or discard it "
                          "with --overwrite")
         args.codec = args.codec or ("encodec" if args.dataset in CORPORA else "mini")
-        args.model = args.model or ("hybrid" if device.type == "cuda" else "nano")
         args.lr = args.lr or (1.2e-2 if args.model.startswith("nano") else 1e-3)
         args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
         if args.mel_codebooks is None:
@@ -365,13 +368,13 @@ def main():
         seconds = time.time() - start
         stop = max(stopped_by, default=0)
         if WORLD > 1:                                         # all processes stop after the same step
-            stop = torch.tensor(stop, device=device)
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
+            stop = torch.tensor(stop)                         # on the CPU: no step should wait for a GPU
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=by_cpu)
             stop = stop.item()
         due = step % args.eval_every == 0 or step == args.steps
         if (step % 20 == 0 or due or stop) and not norm.isfinite():
             diverged("the loss or its gradient")
-        if due and RANK == 0:                                 # `forward` would be compiled anew for eval mode
+        if due and RANK == 0:                                 # `model`: `forward` would be compiled anew for eval mode
             figures, *_ = evaluate(model, data, args.batch_size, autocast)
             if not math.isfinite(figures["val_nll"]):
                 diverged("the validation loss")

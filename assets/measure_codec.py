@@ -1,7 +1,7 @@
 """
 measure_codec.py: how well a codec does, as the table in assets/README.md.
 
-    pip install pystoi pesq soxr && apt install opus-tools        # needed here and nowhere else in the project
+    pip install pystoi pesq && apt install opus-tools        # needed here and nowhere else in the project
     python assets/measure_codec.py --data assets/speech assets/music FOLDER --music assets/music
 
 Clips the codec was not trained on (train_codec.py's rule, `data.split_clips`) go through 1, 2, 4 and 8 codebooks and,
@@ -13,7 +13,7 @@ beside them, through Opus at 6 kbit/s, the rate of 8 codebooks. For every clip:
     PESQ           wide-band at 16 kHz, 1.0 to 4.6 (ITU-T P.862.2), speech only
 
 and over all clips of a folder each codebook's perplexity: exp(entropy) of its codes, 1024 if all are used alike.
-The second table is the cost: encoding and decoding one minute, and one frame of streaming decoding.
+The last line is the cost: encoding and decoding one minute, one frame of streaming decoding, memory.
 """
 import argparse
 import json

@@ -5,8 +5,8 @@ train_codec.py: trains `mini`, the codec that ships with the project.
     python assets/train_codec.py --data ... --steps 16000 --resume       # after an interruption
     (to ship it: move out-codec.pt to assets/mini.pt, and the printed SHA-256 into tokens.py, MINI_SHA256)
 
-An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Starting all of it at
-once, from random weights, ends with a codec of one codebook that says little; so one thing after the other:
+An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Trained all
+at once, from random weights, it ends up using one codebook, and that says little; so one thing after the other:
 
   1. the encoder alone learns to write the spectral envelope, see `Envelope`, into an eighth of its latents. The others
      pass the waveform on, see `initialise`, but for the last four, see `count_aloud`;
@@ -17,13 +17,13 @@ once, from random weights, ends with a codec of one codebook that says little; s
      decoder learns to hear 1, 2, 4 or 8 codebooks, another number for every clip of the batch: any number will decode;
   4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser.
 
-With --adversarial EnCodec's multi-scale STFT discriminator listens too, from that part of the time on.
+With --adversarial P EnCodec's multi-scale STFT discriminator listens too, once the fraction P of the steps is done.
 
 The losses are EnCodec's (arXiv 2210.13438, section 3.4): distance between log-mel spectrograms at four window lengths
 (L1 + L2), the waveform's L1, and the discriminator's verdict and features; with few codebooks the correlation by which
 STOI measures intelligibility, too. A balancer gives each its share of the gradient. Everything runs on one CPU or GPU;
 16,000 steps take about two hours on two CPU cores. Held-out clips (those that train.py would validate on, see
-`data.split_clips`) are measured every few minutes.
+`data.split_clips`) are measured every quarter of an hour.
 """
 import argparse
 import copy
@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
 from mel import HANN, SAMPLE_RATE, frame, log_mel, mel_power
 from tokens import CODEBOOK_SIZE, HOP, build_mini
+from train import save
 from encodec.modules import SConv1d, SConvTranspose1d, SLSTM          # after tokens: it makes encodec importable
 from encodec.modules.seanet import SEANetResnetBlock
 
@@ -52,8 +53,8 @@ WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features"
            "decoder": 1.0, "envelope": 1.0, "waveform": 1.0, "commitment": 0.3}              # see `balance`
 COUNTS = torch.tensor([1, 2, 4, 8])                           # codebooks a clip of the batch may be decoded from
 OFTEN = (0.2, 0.3, 0.2, 0.3)                                  # and how often each
-PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # each until which part of the time, with which learning
-          (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # rates of encoder and decoder
+PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # of each: the fraction of the steps at which it ends, and
+          (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # the learning rates of encoder and decoder
 WHITEN = 0.6                                                  # how much of the last frame `Envelope` takes off
 NOISE = 0.09                                                  # per latent, about what one codebook leaves over
 SAVE_EVERY = 120                                              # seconds
@@ -178,7 +179,7 @@ def kinds(latents, n):
 
 
 def sayable(rest, k, n):
-    """The part of rest (rows, C) that codebook k has words for: the first one has none but for the n of the envelope.
+    """The part of rest (rows, C) that codebook k has words for: the first has words for the n of the envelope only.
 
     All its 1024 words then describe the spectral envelope, and nothing else decides which of them is nearest."""
     return F.pad(rest[:, -n - ALOUD:-ALOUD], (rest.shape[1] - n - ALOUD, ALOUD)) if k == 0 else rest
@@ -203,14 +204,12 @@ def fit_codebooks(quantizer, latents, n, rounds=20):
     residual = latents
     for k, layer in enumerate(quantizer.vq.layers):
         book, target = layer._codebook, sayable(residual, k, n)
-        if not book.inited:
-            book.embed.copy_(target[torch.randperm(len(target))[:CODEBOOK_SIZE]])
+        book.embed.copy_(target[torch.randperm(len(target))[:CODEBOOK_SIZE]])
         for _ in range(rounds):
             index = nearest(target, book.embed)
             count = torch.bincount(index, minlength=CODEBOOK_SIZE)[:, None]
             total = torch.zeros_like(book.embed).index_add_(0, index, target)
             book.embed.copy_(torch.where(count > 0, total / count.clamp(min=1), book.embed))
-        book.inited.fill_(1)
         book.cluster_size.copy_(count[:, 0] * CODEBOOK_SIZE / len(residual))     # 1 if all are used alike
         book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
         residual = residual - book.embed[nearest(residual, book.embed)]
@@ -380,15 +379,20 @@ def measure(model, held_out, envelope, phase, device, n_clips=12, seconds=4):
 
 # ----------------------------------------------------------------------------- training
 
+def autocast(wave):
+    """bfloat16 on a GPU. Not on a CPU: one without instructions for it takes ten times as long."""
+    return torch.autocast(wave.device.type, torch.bfloat16, enabled=wave.is_cuda)
+
+
 def backward(model, before, wave, counts, phase, envelope, norms, discriminator=None):
     """One batch through the model: leaves gradients on its parameters.
 
-    before: the encoder as phase 3 found it; wave (B, N); counts (B,) codebooks, of which phase 2 only asks whether it
-    is one; phase as in the module's head; discriminator: None until it joins. Returns the losses by name and, from
+    before: the encoder as phase 3 found it; wave (B, N); counts (B,) codebooks, of which phase 2 only asks whether they
+    are one; phase as in the module's head; discriminator: None until it joins. Returns the losses by name and, from
     phase 2 on, the decoded wave (B, N).
     """
     encoder_learns = phase in (1, 2, 4)
-    bf16 = torch.autocast(wave.device.type, torch.bfloat16)   # the networks; codebook search and losses need float32
+    bf16 = autocast(wave)                                     # the networks; codebook search and losses need float32
     with bf16, torch.set_grad_enabled(encoder_learns):
         latents = model.encoder(wave[:, None]).float()        # (B, C, T)
     leaf = latents.detach().requires_grad_(encoder_learns)
@@ -432,12 +436,6 @@ def backward(model, before, wave, counts, phase, envelope, norms, discriminator=
     return losses, out
 
 
-def save(path, content):
-    """Write beside the target, then replace it: a crash leaves the old file whole."""
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
 def export(model, config, path):
     """Write the weights that inference needs, in fp16, and print the SHA-256 that tokens.py checks."""
     training_only = ("inited", "cluster_size", "embed_avg")
@@ -475,6 +473,10 @@ def main():
         state = torch.load(last, map_location=args.device, weights_only=True) if args.resume else {}
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         sys.exit(f"error: --resume: no {last}, or not one that can be read: start again without --resume")
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
+    for name, value in state.get("options", {}).items():
+        if options[name] != value:
+            sys.exit(f"error: --{name.replace('_', '-')} was {value} in the run that {last} continues: give it again")
     try:
         train, held_out = load(args.data)
     except DataError as error:
@@ -508,7 +510,7 @@ def main():
         if args.resume:
             module.load_state_dict(state.pop(name))
     state = {"averaged": [p.detach().clone() for p in parameters],        # the weights' moving average is measured
-             "step": 0, "phase": 1, "began": 0, "norms": {}} | state
+             "step": 0, "phase": 1, "began": 0, "norms": {}, "options": options} | state
     averaged = state["averaged"]
     print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
 
@@ -527,7 +529,7 @@ def main():
             if done >= 1:
                 export(model, config, args.out)
             swap()
-            next_report = now + 300
+            next_report = now + 900
         if now > next_save or done >= 1:
             save(last, state | {name: m.state_dict() for name, m in modules.items()})
             next_save = now + SAVE_EVERY
@@ -539,7 +541,7 @@ def main():
         if done >= PHASES[phase - 1][0]:
             phase, state["phase"], state["began"] = phase + 1, phase + 1, step
             if phase == 3:
-                swap()                                        # until the encoder learns again, it is its average
+                swap()                                        # through phase 3 the encoder stands still, at its average
                 waves = [batch(train, rng, 2 * args.batch_size, 4 * SAMPLE_RATE).to(args.device) for _ in range(16)]
                 with torch.no_grad():
                     latents = torch.cat([model.encoder(w[:, None]).mT.flatten(0, 1) for w in waves])
@@ -547,7 +549,7 @@ def main():
                 before.load_state_dict(model.encoder.state_dict())
                 fit_codebooks(model.quantizer, latents, envelope.n)
         (end, *rates), began = PHASES[phase - 1], state["began"]      # every phase warms up and cools down
-        through = (step - began) / (end * args.steps - began)
+        through = (step - began) / max(1, end * args.steps - began)
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * min(1, (step - began + 1) / 200) * max(0.02, 1 - through ** 2)
 
@@ -561,7 +563,7 @@ def main():
         optimizer.step()
         if joined and rng.random() < 2 / 3:                   # its turns are fewer: it learns faster than the codec
             discriminator_optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(wave.device.type, torch.bfloat16):
+            with autocast(wave):
                 verdict = discriminator_loss(discriminator, out, wave)
             verdict.backward()
             discriminator_optimizer.step()

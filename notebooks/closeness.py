@@ -12,9 +12,9 @@ how much it changes within the next 1/15 s. Two sets of clips are compared by th
 of two Gaussians with the mean and covariance of their vectors (Dowson and Landau, 1982); no network judges. It hears
 timbre, loudness, pauses and how fast things change, not words or melodies. All sets are compared with the validation
 clips. For scale, so are the training clips (nothing should be expected to come closer) and the codec's own copy of the
-validation clips. What a model has generated is measured again with its coarse codes alone decoded. Every set is drawn
-again with other seeds, to show how far chance alone moves a figure. Prints a table and writes a file, unless told
-otherwise results/closeness-DATASET.json.
+validation clips. What a model has generated is measured again with its coarse codes alone decoded. Every generated set
+is drawn again with other seeds, to show how far chance alone moves a figure. Prints a table and writes a file, unless
+told otherwise results/closeness-DATASET.json.
 """
 import argparse
 import sys
@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
-from experiments import machine, write
+from experiments import label, machine, write
 from mel import FRAME_RATE, HANN, SAMPLE_RATE, log_mel
 from model import CheckpointError
 from sample import generate, load
@@ -63,27 +63,29 @@ def recordings(dataset, seconds):
     return splits
 
 
+def pair(text):
+    """Two temperatures like 1:0.5."""
+    coarse, finer = map(float, text.split(":"))
+    if not (coarse >= 0 and finer >= 0):
+        raise ValueError
+    return coarse, finer
+
+
 def main():
     parser = argparse.ArgumentParser(description="Fréchet distance of generated to validation audio, over log-mel.")
     parser.add_argument("dataset", help="speech, music, or a folder")
     parser.add_argument("checkpoints", nargs="+", help="of train.py")
     parser.add_argument("--clips", type=int, default=32, help="to generate with each (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
-    parser.add_argument("--temperature", nargs="+", default=["0.8:0.8", "1:1", "1:0.5"], metavar="T:F",
+    parser.add_argument("--temperature", nargs="+", type=pair, default=[(0.8, 0.8), (1, 1), (1, 0.5)], metavar="T:F",
                         help="of the coarse and of the finer codes (default: 0.8:0.8 1:1 1:0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="sets of clips, from seed 0 on (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="(default: results/closeness-DATASET.json)")
     args = parser.parse_args()
 
-    try:
-        temperatures = [tuple(map(float, pair.split(":"))) for pair in args.temperature]
-        valid = all(len(pair) == 2 and min(pair) >= 0 for pair in temperatures)
-    except ValueError:
-        valid = False
-    if min(args.clips, args.seeds) < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6 or not valid:
-        parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames, --temperature like "
-                     "1:0.5")
-    out = args.out or Path(__file__).parent.parent / "results" / f"closeness-{Path(args.dataset).name}.json"
+    if min(args.clips, args.seeds) < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6:
+        parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames")
+    out = args.out or Path(__file__).parent.parent / "results" / f"closeness-{label(args.dataset)}.json"
     if not out.parent.is_dir():
         parser.error(f"--out {out}: no such folder")
     models = {path: load(path) for path in args.checkpoints}
@@ -91,6 +93,8 @@ def main():
     if any(other.checksum != codec.checksum for _, other, _ in models.values()):
         raise CodecError("the checkpoints were trained on codes of different codecs: compare those of one at a time")
     train, val = recordings(args.dataset, args.seconds)
+    if not (train and val):
+        raise DataError(f"{args.dataset}: wants clips of more than {2 * LAG} frames to train and to validate on")
     real = statistics(val)
     rows = []
 
@@ -105,7 +109,7 @@ def main():
         compare(f"validation clips, {k} codebook{'s' * (k > 1)} decoded",
                 [[codec.decode(codec.encode(wave[None], k))[0] for wave in val]])
     for path, (model, _, checkpoint) in models.items():
-        for temperature, finer in temperatures:
+        for temperature, finer in args.temperature:
             sets = []
             for seed in range(args.seeds):
                 generator = torch.Generator().manual_seed(seed)
@@ -113,7 +117,7 @@ def main():
                                              temperature, finer, generator=generator))
                 sets.append((torch.cat(codes, dim=-1), torch.cat(waves, dim=1)))
             name = f"{Path(path).stem}, temperature {temperature:g}, finer codes {finer:g}"
-            facts = {"checkpoint": path, "preset": checkpoint["preset"], "val_nll": checkpoint["val_nll"],
+            facts = {"checkpoint": path, "preset": checkpoint["preset"], "val_nll": checkpoint.get("val_nll"),
                      "temperature": temperature, "finer_temperature": finer}
             compare(name, [waves for _, waves in sets], n_codebooks=model.config.n_codebooks, **facts)
             if model.config.n_codebooks > 1:

@@ -50,6 +50,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from model import PRESETS
 from tokens import MINI_SHA256
+from train import write_whole
 
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
 NANO, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
@@ -109,7 +110,7 @@ def read(path):
 def write(path, content):
     """JSON that can be read in a diff: a key a line, a list on one line."""
     text = json.dumps(content, indent=1)
-    path.write_text(re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
+    write_whole(path, (re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n").encode())
 
 
 def run(dataset, model, lr, seed):
@@ -126,7 +127,7 @@ def run(dataset, model, lr, seed):
         with open(out.with_suffix(".txt"), "a") as text:
             done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=text, stderr=text, **HOW)
         if done.returncode:
-            last = Path(text.name).read_text().strip().splitlines()[-1]
+            last = (Path(text.name).read_text().strip().splitlines() or ["no word"])[-1]
             raise RuntimeError(f"run {name} failed: {last.removeprefix('error: ')} (all of it: {text.name})")
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         evaluations = [entry for entry in log if "val_nll" in entry]
@@ -214,8 +215,9 @@ def gain(runs, twins, shown="0"):
     """What runs gain over the twins of the same seeds, in nats: ([by seed], mean, low, high), or None without scores.
 
     shown: the codebooks whose mel the hybrid is shown."""
-    pairs = [(a["scores"][shown], b["scores"]["0"]) for a, b in zip(runs, twins)
-             if shown in a.get("scores", ()) and "scores" in b]
+    twins = {b["seed"]: b["scores"]["0"] for b in twins if "scores" in b}
+    pairs = [(a["scores"][shown], twins[a["seed"]]) for a in runs
+             if shown in a.get("scores", ()) and a["seed"] in twins]
     if pairs:
         by_clip = [np.subtract(b["clip_nll"], a["clip_nll"]) for a, b in pairs]
         return [b["val_nll"] - a["val_nll"] for a, b in pairs], *bootstrap(by_clip, pairs[0][1]["clip_targets"])
@@ -256,5 +258,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")

@@ -248,6 +248,12 @@ def test_an_interrupted_run_leaves_what_was_there(run, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["sample.wav"] and (tmp_path / "sample.wav").read_bytes() == b"dear"
 
 
+def test_a_folder_in_the_place_of_the_output_is_refused_before_any_work(run, tmp_path):
+    (tmp_path / "sample.wav").mkdir()
+    with mock.patch.object(HybridGPT, "finer_logits", side_effect=AssertionError):
+        assert_refused(run(), "cannot write sample.wav")
+
+
 def test_silence_can_be_continued(run, tmp_path):
     soundfile.write(tmp_path / "prompt.wav", np.zeros(12_000), 24_000)
     assert run("--prompt", "prompt.wav").code == 0

@@ -206,13 +206,14 @@ def test_codes_are_predicted_and_mels_are_shown_of_as_many_codebooks_as_asked(ru
 
 def test_fields_of_the_model_can_be_set_and_the_mel_can_look_ahead(run, tmp_path):
     result = run(tmp_path, "--steps", 2, "--n-codebooks", 1, "--lookahead", 192, "--window", 300, 20, "--set",
-                 "use_codes=False", "n_mel_layer=2")
+                 "use_codes=False", "n_mel_layer=2", "--set", "mel_noise=1")
     assert result.code == 0, result.err
     model, checkpoint = load_checkpoint(tmp_path / "out.pt")
     meta = json.loads((run.cache / checkpoint["data_key"] / "meta.json").read_text())
     assert meta["lookahead"] == checkpoint["lookahead"] == 192
     assert meta["window"] == list(checkpoint["window"]) == [300, 20]
     assert model.config.n_mel_layer == 2 and not model.config.use_codes and model.config.use_mel
+    assert model.config.mel_noise == 1.0                                                      # both --set are heard
     scored = json.loads(run(tmp_path, "--eval", "out.pt", "--device", "cpu", small=False).out)
     assert scored["val_nll"] == evaluations(tmp_path / "out.jsonl")[-1]["val_nll"] and scored["lookahead"] == 192
     assert scored["window"] == [300, 20]

@@ -193,6 +193,9 @@ def test_training_with_a_discriminator_writes_a_codec_and_resumes(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         train_codec.main()
     assert torch.load(f"{other}.last", weights_only=True)["step"] == 7
+    monkeypatch.setattr(sys, "argv", command[:-1] + [str(other), "--steps", "11", "--resume"])
+    with pytest.raises(SystemExit, match="--steps was 10 in the run that .*other.pt.last continues"):
+        train_codec.main()
     monkeypatch.setattr(sys, "argv", command[:-1] + [str(other), "--steps", "10", "--resume"])
     train_codec.main()
     one, two = (torch.load(path, weights_only=True)["weights"] for path in (out, other))

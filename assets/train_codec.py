@@ -5,8 +5,8 @@ train_codec.py: trains `mini`, the codec that ships with the project.
     python assets/train_codec.py --data ... --steps 16000 --resume       # after an interruption
     (to ship it: move out-codec.pt to assets/mini.pt, and the printed SHA-256 into tokens.py, MINI_SHA256)
 
-An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Trained all
-at once, from random weights, it ends up using one codebook, and that says little; so one thing after the other:
+An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Trained all at
+once, from random weights, it ends up using one codebook, and that says little; so one thing after the other:
 
   1. the encoder alone learns to write the spectral envelope, see `Envelope`, into an eighth of its latents. The others
      pass the waveform on, see `initialise`, but for the last four, see `count_aloud`;
@@ -22,7 +22,7 @@ With --adversarial P EnCodec's multi-scale STFT discriminator listens too, once 
 The losses are EnCodec's (arXiv 2210.13438, section 3.4): distance between log-mel spectrograms at four window lengths
 (L1 + L2), the waveform's L1, and the discriminator's verdict and features; with few codebooks the correlation by which
 STOI measures intelligibility, too. A balancer gives each its share of the gradient. Everything runs on one CPU or GPU;
-16,000 steps take about two hours on two CPU cores. Held-out clips (those that train.py would validate on, see
+16,000 steps take two to three hours on two CPU cores. Held-out clips (those that train.py would validate on, see
 `data.split_clips`) are measured every quarter of an hour.
 """
 import argparse

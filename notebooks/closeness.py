@@ -65,9 +65,12 @@ def recordings(dataset, seconds):
 
 def pair(text):
     """Two temperatures like 1:0.5."""
-    coarse, finer = map(float, text.split(":"))
+    try:
+        coarse, finer = map(float, text.split(":"))
+    except ValueError:
+        coarse = finer = -1
     if not (coarse >= 0 and finer >= 0):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is not two temperatures of 0 or more, like 1:0.5")
     return coarse, finer
 
 

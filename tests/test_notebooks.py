@@ -51,6 +51,21 @@ def test_closeness_hears_loudness_and_pace():
     assert distance[0] < 0.2 * distance[1] < distance[1] < distance[2]
 
 
+def test_a_gain_is_that_over_the_twin_of_the_same_seed():
+    def made(seed, nll):
+        return {"seed": seed, "scores": {"0": {"val_nll": nll, "clip_nll": [nll, nll], "clip_targets": [1, 1]}}}
+    by_seed, mean, *_ = experiments.gain([made(0, 1.0), made(2, 2.0)], [made(1, 9.0), made(2, 5.0), {"seed": 0}])
+    assert by_seed == [3.0] and mean == 3.0                                                  # seed 0's was not scored
+    assert experiments.gain([made(0, 1.0)], [made(1, 9.0)]) is None
+
+
+@pytest.mark.parametrize("text", ["1", "1:2:3", "1:x", "-1:1", "nan:1"])
+def test_two_temperatures_are_wanted(text):
+    assert closeness.pair("1:0.5") == (1.0, 0.5)
+    with pytest.raises(closeness.argparse.ArgumentTypeError, match="two temperatures of 0 or more, like 1:0.5"):
+        closeness.pair(text)
+
+
 def test_the_bootstrap_interval_holds_the_mean_and_narrows_with_the_clips():
     rng = np.random.default_rng(0)
     widths = []

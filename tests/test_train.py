@@ -258,6 +258,13 @@ def test_an_evaluation_does_not_depend_on_the_batch_size(run, trained, batch_siz
     assert abs(sums.sum() / counts.sum() - figures["val_nll"]) < 1e-9
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_an_evaluation_leaves_the_model_in_the_mode_it_was_in(run, trained, training):
+    model, checkpoint = load_checkpoint(trained / "out.pt")
+    train.evaluate(model.train(training), data.Dataset(run.cache / checkpoint["data_key"]))
+    assert model.training == training
+
+
 # ----------------------------------------------------------------------------- going on after an interruption
 
 @pytest.mark.parametrize("stop_at", [3, 4])

@@ -84,7 +84,7 @@ def rotary_angles(start, length, head_dim):
 
 
 def rotate(x, rotary):
-    """Turn each pair of channels of x (B, H, T, D) by its angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Turn each pair of channels of x (..., T, D) by its angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
     cos, sin = rotary
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
@@ -107,8 +107,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in self.qkv(x).split(C, dim=-1))
-        q, k = rotate(q, rotary), rotate(k, rotary)                               # (B, H, T, D) each
+        qkv = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(qkv[:2], rotary), qkv[2]                               # (B, H, T, D) each
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and cache is None)

@@ -77,7 +77,7 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_temperature=None, **how):
     """Yield (codes (B, K, 1), wave (B, 320)) frame by frame: the prompt as the codec decodes it, then `n_frames` new.
 

@@ -86,7 +86,15 @@ def run_piece(module, x, state):
         return y.transpose(1, 2).flatten(2) + conv.bias[:, None]
     if isinstance(module, SLSTM):
         x = x.permute(2, 0, 1)                                # (T, B, C)
-        y, state[module] = module.lstm(x, state.get(module))
+        before = state.get(module, x.new_zeros(2, module.lstm.num_layers, *x.shape[1:]))
+        if len(x) > 1:
+            y, state[module] = module.lstm(x, tuple(before))
+        else:                                                 # the call above would first pack its weights, every time
+            y, after = x[0], []
+            for h, c, weights in zip(*before, module.lstm.all_weights):
+                y, c = torch.lstm_cell(y, (h, c), *weights)
+                after.append((y, c))
+            y, state[module] = y[None], tuple(torch.stack(part) for part in zip(*after))
         return (y + x if module.skip else y).permute(1, 2, 0)
     return module(x)                                          # activations, identities: no memory
 

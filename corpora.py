@@ -12,7 +12,7 @@ corpora.py: published corpora, from their official addresses to a folder of audi
 
 LibriSpeech (Panayotov et al., ICASSP 2015) is the paper's. FMA small (Defferrard et al., 1612.01840) is the music
 corpus because it is real recordings of many styles, published as one archive with a checksum, under licences that allow
-research; MusicNet and MAESTRO are of one instrument family each, and GTZAN has no licence at all.
+research; MusicNet and MAESTRO are classical music only, MAESTRO piano, and GTZAN has no licence at all.
 
 An archive is taken for what it is called only if its checksum is the one its publishers print. Nothing in it can write
 outside its folder. A copy that you have already can stand in: corpora/LibriSpeech may be a link to it.
@@ -70,8 +70,8 @@ FMA_SMALL = Archive("https://os.unil.cloud.switch.ch/fma/fma_small.zip",        
 CORPORA = {                          # LibriSpeech/dev-clean/84/…: a group is a speaker
     "librispeech": Corpus((TRAIN_CLEAN_100, DEV_CLEAN), val="LibriSpeech/dev-clean", group=3),
     "librispeech-mini": Corpus((DEV_CLEAN,), group=3),
-    "fma": Corpus((FMA_SMALL,)),     # fma_small/000/…: a thousand tracks in the order they were uploaded, so that
-}                                    # nearly all albums stay whole
+    "fma": Corpus((FMA_SMALL,)),     # fma_small/000/…: the tracks of a thousand uploaded in a row, so that nearly all
+}                                    # albums stay whole
 
 
 # ----------------------------------------------------------------------------- one process at a time

@@ -172,6 +172,7 @@ def _files(top):
     """Every file below a folder, linked folders included; each folder once, for a link may lead back up."""
     seen = set()
     for home, folders, files in os.walk(top, followlinks=True):
+        folders.sort()                                        # or the disk would decide which name of a folder counts
         if os.path.realpath(home) in seen:
             folders.clear()
             continue
@@ -202,7 +203,7 @@ def split_clips(names, dataset=None):
         return [top == "val" for top in tops]
     groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
     hashes = [int(hashlib.sha256(os.fsencode(group)).hexdigest()[:8], 16) / 2**32 for group in groups]
-    threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))
+    threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))       # the lowest validates, the highest never does
     return [h < threshold for h in hashes]
 
 
@@ -275,20 +276,19 @@ class _Encoding(torch.utils.data.IterableDataset):
         mel_is = {key: self.made_with[key] for key in ("mel_codebooks", "lookahead", "window")}
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
-            for i, codes, mel in encode_files([self.folder / self.files[clip][0] for clip in batch], self.codec,
-                                              **mel_is):
+            paths = [self.folder / self.files[clip][0] for clip in batch]
+            for i, codes_or_problem, mel in encode_files(paths, self.codec, **mel_is):
                 if mel is not None:
                     rows = np.empty(len(mel), _row(self.made_with))
-                    rows["codes"], rows["mel"] = codes, mel
+                    rows["codes"], rows["mel"] = codes_or_problem, mel
                     out[i].write(rows.tobytes())
                     continue
                 out[i].close()
-                problem = codes
-                if problem:
+                if codes_or_problem:
                     parts[i].unlink()
                 else:
                     os.replace(parts[i], self.home / f"{batch[i]}.clip")
-                yield batch[i], problem
+                yield batch[i], codes_or_problem
 
 
 def _row(made_with):
@@ -405,13 +405,14 @@ class Dataset:
             is_val = np.array([clip["val"] for clip in self.meta["clips"]])
             self.train, self.val = clips[~is_val], clips[is_val]
             codes, mel = self.codes, self.mel
-            if not (codes.dtype == np.uint16 and mel.dtype == np.float16 and clips.dtype == np.int64
+            fits = (codes.dtype == np.uint16 and mel.dtype == np.float16 and clips.dtype == np.int64
                     and len(codes) == len(mel) and mel.shape[1] == N_MELS
                     and 0 <= clips.min() <= clips.max() <= len(codes) and (clips[:, 0] < clips[:, 1]).all()
-                    and len(self.train) and len(self.val)):
-                raise ValueError("its parts do not fit together")
+                    and len(self.train) and len(self.val))
         except Exception as error:                            # damaged arrays make numpy raise almost anything
             raise self.damaged(type(error).__name__) from error
+        if not fits:
+            raise self.damaged("its parts do not fit together")
         self.train_ends = np.diff(self.train, axis=1)[:, 0].cumsum()      # frames up to and with each clip
 
     # mapped anew for every batch, as nanoGPT does: pages that were read would otherwise pile up in this process

@@ -18,7 +18,7 @@ the codes already chosen for the next frame, and predicts the next finer one (as
 
 Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention, a SiLU MLP, no biases.
 
-    >>> model = HybridGPT(PRESETS["hybrid"])
+    >>> model = HybridGPT(PRESETS["nano"])               # K = 8
     >>> logits, losses = model(codes, mel, targets)      # (B, K, T), (B, T, 80), (B, K, T) -> (B, T, 1024), (K,)
 """
 import math
@@ -163,14 +163,14 @@ class HybridGPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if min(c.n_layer, c.n_head, c.n_embd, c.n_inner, c.n_mel_embd, c.n_depth_embd) < 1 or (
-                min(c.n_mel_layer, c.n_depth_layer, c.mel_noise) < 0):
+        if min(c.n_layer, c.n_head, c.n_embd, c.n_inner, c.n_mel_embd, c.n_depth_embd, c.n_input_codebooks,
+               c.n_codebooks, c.context) < 1 or not min(c.mel_noise, c.n_mel_layer, c.n_depth_layer) >= 0:
             raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer and mel_noise at least 0")
         head_dim = c.n_embd // c.n_head
         if not (c.use_codes or c.use_mel):
             raise ValueError("a model needs use_codes or use_mel")
-        if c.fuse not in ("concat", "add") or c.n_input_codebooks < 1:
-            raise ValueError(f'fuse "{c.fuse}" must be "concat" or "add", n_input_codebooks at least 1')
+        if c.fuse not in ("concat", "add"):
+            raise ValueError(f'fuse "{c.fuse}" must be "concat" or "add"')
         if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim) or (
                 c.n_codebooks > 1 and c.n_depth_embd % head_dim):
             raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, n_mel_embd "
@@ -204,17 +204,12 @@ class HybridGPT(nn.Module):
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too
-        if c.use_mel:
-            nn.init.normal_(self.mel_in.weight, std=c.n_mels ** -0.5)
-        if c.use_codes:
-            nn.init.normal_(self.code_embedding.weight, std=c.n_input_codebooks ** -0.5)
-            if c.n_input_codebooks > 1:
-                nn.init.normal_(self.finer_embedding, std=c.n_input_codebooks ** -0.5)
-        if c.use_mel:
-            nn.init.normal_(self.fuse.weight, std=self.fuse.in_features ** -0.5)
-        if c.n_codebooks > 1:
-            nn.init.normal_(self.depth_in.weight, std=c.n_embd ** -0.5)
-            nn.init.normal_(self.depth_embedding, std=1.0)
+        terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": c.n_input_codebooks,         # that are summed
+                 "finer_embedding": c.n_input_codebooks, "fuse.weight": c.use_mel and self.fuse.in_features,
+                 "depth_in.weight": c.n_embd, "depth_embedding": 1}
+        for name, n in terms.items():
+            if hasattr(self, name.split(".")[0]):
+                nn.init.normal_(self.get_parameter(name), std=n ** -0.5)
 
     def n_params(self):
         """How many numbers are trained."""
@@ -314,7 +309,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message is one line for a person."""
 
 
-FORMAT = "whisper-gpt-5"             # 4: the window of the mel was symmetric
+FORMAT = "whisper-gpt-5"             # weights of format 4 would load, but knew another mel: its window was symmetric
 
 
 def to_checkpoint(model, **facts):

@@ -13,7 +13,6 @@ Three files: out.pt, the best model so far by validation NLL; out.last.pt, the w
 that was printed. An evaluation is the whole validation split in fixed order, so two of them can be compared.
 """
 import argparse
-import ast
 import contextlib
 import dataclasses
 import io
@@ -34,8 +33,8 @@ import torch.nn.functional as F
 from corpora import CORPORA, DISK_FULL
 from data import DataError, prepare
 from mel import WINDOW
-from model import (CODEBOOK_SIZE, DEPTH_EVERY, IGNORE, PRESETS, CheckpointError, HybridGPT, load_checkpoint,
-                   to_checkpoint)
+from model import (CODEBOOK_SIZE, DEPTH_EVERY, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
+                   load_checkpoint, to_checkpoint)
 from tokens import CodecError, load_codec
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
@@ -55,8 +54,9 @@ def parse_arguments():
     add("--window", type=int, nargs=2, default=WINDOW, metavar=("RISE", "FALL"), help="shape of the mel's window, in "
         "samples; 512 512 is the Hann window (default: %(default)s; models of another can be scored, not sampled)")
     add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
-        "--window 512 512: the usual centred one), to measure what the look into the future is worth; -N: the same, "
-        "cut off where the frame ends (default: %(default)s; models of another can be scored, not sampled)")
+        "--window 512 512: the usual centred one), to measure what the look into the future is worth; -N: the same "
+        "window, but what lies past the frame counts as zero (default: %(default)s; models of another can be scored, "
+        "not sampled)")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, default="nano", help="preset of model.py (default: %(default)s)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
@@ -93,18 +93,14 @@ def parse_arguments():
         parser.error("--n-codebooks must be at least 1")
     if args.mel_codebooks is not None and args.mel_codebooks < 0:
         parser.error("--mel-codebooks must be 0 or more")
+    read = {field.name: {"True": True, "False": False}.__getitem__ if field.type is bool else field.type
+            for field in dataclasses.fields(Config) if field.name not in ("n_codebooks", "context", "dropout", "n_mels")}
     fields = {}
     for word in args.set:
         field, _, value = word.partition("=")
-        old = getattr(PRESETS["nano"], field, None)
         try:
-            fields[field] = value if isinstance(old, str) else ast.literal_eval(value)
-            if isinstance(old, float) and type(fields[field]) is int:
-                fields[field] = float(fields[field])
-        except (ValueError, SyntaxError):
-            pass
-        elsewhere = field in ("n_codebooks", "context", "dropout", "n_mels")
-        if elsewhere or old is None or type(fields.get(field)) is not type(old):
+            fields[field] = read[field](value)
+        except (KeyError, ValueError):
             parser.error(f"--set {word}: wants FIELD=VALUE of model.py's Config, the value of that field's type "
                          "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
     args.set = fields
@@ -250,10 +246,10 @@ def main():
         args.codec = args.codec or ("encodec" if args.dataset in CORPORA else "mini")
         args.lr = args.lr or (1.2e-2 if args.model.startswith("nano") else 1e-3)
         args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
+        args.context = args.context or PRESETS[args.model].context
         if args.mel_codebooks is None:
             args.mel_codebooks = args.n_codebooks if args.n_codebooks > 1 else 0
-        config = PRESETS[args.model]
-        config = dataclasses.replace(config, dropout=args.dropout, context=args.context or config.context,
+        config = dataclasses.replace(PRESETS[args.model], dropout=args.dropout, context=args.context,
                                      n_codebooks=args.n_codebooks, **args.set)
         torch.manual_seed(args.seed)
         try:

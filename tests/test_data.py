@@ -421,6 +421,15 @@ def test_linked_folders_are_searched_and_a_link_back_up_does_no_harm(tmp_path, t
     assert len(data.find_audio(tmp_path / "in", tmp_path / "cache")[1]) == 4
 
 
+@pytest.mark.parametrize("first", ["z", "a"])
+def test_a_folder_of_two_names_has_the_same_one_on_every_disk(tmp_path, first):
+    (tmp_path / "in").mkdir()
+    clips(tmp_path / "elsewhere", n=1)
+    for name in {first: None, "z": None, "a": None}:          # created in this order
+        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
+    assert data.find_audio(tmp_path / "in", tmp_path / "cache")[1] == ["a/a.wav"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux only")
 def test_a_name_that_is_not_text_costs_that_file_only(tmp_path, tiny_codec, capfd):
     folder = clips(tmp_path / "in", n=3)

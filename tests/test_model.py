@@ -131,6 +131,7 @@ def test_noise_on_the_mel_acts_in_training_and_not_in_evaluation():
 
 
 @pytest.mark.parametrize("wrong", [dict(use_codes=False, use_mel=False), dict(fuse="glue"), dict(n_input_codebooks=0),
+                                   dict(n_codebooks=0), dict(context=0), dict(mel_noise=float("nan")),
                                    dict(n_head=3), dict(n_embd=30, n_head=2),
                                    dict(n_mel_embd=40), dict(n_codebooks=2, n_depth_embd=40)])
 def test_a_config_that_cannot_work_is_a_value_error(wrong):

@@ -301,7 +301,7 @@ def test_resuming_gives_the_same_losses_as_not_stopping(run, tmp_path, stop_at):
 def test_resuming_a_finished_run_changes_no_figure(run, tmp_path):
     run(tmp_path)
     before = evaluations(tmp_path / "out.jsonl")
-    assert run(tmp_path, "--resume", small=False).code == 0
+    assert run(tmp_path, "--resume", "--context", 32, "--lr", 1.2e-2, small=False).code == 0          # its own options
     after = evaluations(tmp_path / "out.jsonl")
     assert [e["val_nll"] for e in after] == [e["val_nll"] for e in before]
 

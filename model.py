@@ -203,8 +203,9 @@ class HybridGPT(nn.Module):
             # (the stack's number, for the small transformers too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
-        # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too
-        terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": c.n_input_codebooks,         # that are summed
+        # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too;
+        # below, how many terms of variance 1 are summed with these weights
+        terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": c.n_input_codebooks,
                  "finer_embedding": c.n_input_codebooks, "fuse.weight": c.use_mel and self.fuse.in_features,
                  "depth_in.weight": c.n_embd, "depth_embedding": 1}
         for name, n in terms.items():

@@ -297,6 +297,13 @@ def test_a_folder_that_holds_the_cache_is_refused(tiny_codec):
 
 # ----------------------------------------------------------------------------- the cache
 
+def test_a_cache_whose_parts_do_not_fit_together_is_refused(tmp_path, tiny_codec):
+    dataset = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True)
+    np.save(dataset.home / "mel.npy", np.load(dataset.home / "mel.npy")[:-1])
+    with pytest.raises(DataError, match=f"{dataset.key} is damaged .*do not fit together.*delete"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+
+
 def test_a_cache_with_codes_that_do_not_exist_is_refused(tmp_path, tiny_codec):
     dataset = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True)
     codes = np.load(tmp_path / "cache" / dataset.key / "codes.npy")

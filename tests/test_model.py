@@ -385,10 +385,14 @@ def test_rotation_keeps_lengths_and_turns_position_zero_not_at_all():
 @EACH
 def test_what_enters_the_stack_has_variance_one_whichever_branches_there_are(config):
     model = HybridGPT(replace(config, n_embd=128, n_inner=256, n_mel_embd=128, n_depth_embd=64, context=64))
-    entered = []
-    model.blocks[0].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
-    model(torch.randint(1024, (4, 4, 64)), torch.randn(4, 64, 80))
-    assert 0.8 < entered[0].std() < 1.2
+    entered = {}
+    for name in ("blocks", "mel_blocks", "depth_blocks"):
+        for block in getattr(model, name, [])[:1]:
+            block.register_forward_pre_hook(lambda _, inputs, name=name: entered.update({name: inputs[0].var()}))
+    codes = torch.randint(1024, (4, 4, 64))
+    model(codes, torch.randn(4, 64, 80), codes)
+    assert 0.85 < entered["blocks"] < 1.15 and 0.8 < entered.get("mel_blocks", 1) < 1.2
+    assert 1.6 < entered.get("depth_blocks", 2) < 2.4                                        # the state plus a code
 
 
 # ----------------------------------------------------------------------------- checkpoints

@@ -301,9 +301,16 @@ def test_resuming_gives_the_same_losses_as_not_stopping(run, tmp_path, stop_at):
 def test_resuming_a_finished_run_changes_no_figure(run, tmp_path):
     run(tmp_path)
     before = evaluations(tmp_path / "out.jsonl")
-    assert run(tmp_path, "--resume", "--context", 32, "--lr", 1.2e-2, small=False).code == 0          # its own options
+    assert run(tmp_path, "--resume", small=False).code == 0
     after = evaluations(tmp_path / "out.jsonl")
     assert [e["val_nll"] for e in after] == [e["val_nll"] for e in before]
+
+
+def test_a_run_may_be_resumed_with_its_own_options_its_defaults_too(run, tmp_path, clips, tiny_codec_file):
+    small = ["--dataset", clips, "--codec", tiny_codec_file, "--steps", 1, "--batch-size", 1, "--device", "cpu"]
+    assert run(tmp_path, *small, small=False).code == 0
+    defaults = ["--context", 256, "--lr", 1.2e-2, "--n-codebooks", 8, "--mel-codebooks", 8, "--dropout", 0.1]
+    assert run(tmp_path, "--resume", *defaults, small=False).code == 0
 
 
 def test_resuming_with_another_option_is_refused(run, trained):
@@ -604,6 +611,8 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--set", "n_layer=three"], ["--set n_layer=three"]),
     (["--set", "use_mel=1"], ["--set use_mel=1"]),
     (["--set", "context=32"], ["--set context=32", "option"]),
+    (["--set", "n_codebooks=3"], ["--set n_codebooks=3", "option"]),
+    (["--set", "mel_noise=nan"], ["at least 0"]),
     (["--set", "fuse=glue"], ["--set", "glue", "concat"]),
     (["--set", "n_input_codebooks=9"], ["8 codebooks", "n_input_codebooks"]),
     (["--batch-size", "many"], ["--batch-size"]),

@@ -84,7 +84,8 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
     model: a `HybridGPT` of K codebooks in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
     prompt: codes (1, K, P) or None; temperature: of the coarse code; finer_temperature: of the others, None: the same;
         how: more for `draw`
-    The prompt and its continuation run through one codec state, so there is no seam between them.
+    The prompt and its continuation run through one codec state, so there is no seam between them. What is yielded are
+    inference tensors: clone what is to be trained on.
     """
     device = next(model.parameters()).device
     finer_temperature = temperature if finer_temperature is None else finer_temperature

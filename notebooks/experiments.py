@@ -8,7 +8,8 @@ results/.
 
 The question needs a fair comparison: `nano` (tokens and mel) and `nano-gpt` (tokens only) have the same size, batches,
 steps, dropout and schedule, and predict the coarse code; each may choose its learning rate from the same four, by
-validation NLL on the first dataset with seed 0, and keeps it for the other datasets, seeds and questions.
+validation NLL on the first dataset with seed 0, and keeps it for the other datasets, seeds and questions. The others
+have that of their kind, but for the model of `streams` that reads eight codes: it chooses its own.
 
 gap       what is gained with the recording's mel, and what is left of it with the mel that sampling shows: `nano`,
           `nano-gpt`, and `nano-heard`, which is `nano` trained on the mel of what eight codebooks decode to. `nano-all`
@@ -238,7 +239,8 @@ def main():
         for folder in (RESULTS, RUNS):
             folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            search = [(m, lr) for lr in LEARNING_RATES for m in ("nano", "nano-gpt")]
+            searched = ["nano", "nano-gpt"] + ["nano-codes8"] * ("streams" in args.only)          # reads something else
+            search = [(m, lr) for lr in LEARNING_RATES for m in searched]
             found = list(pool.map(lambda r: run(args.datasets[0], *r, 0), search))
             nll = {r: result["best"]["val_nll"] for r, result in zip(search, found)}
             best = {model: min(LEARNING_RATES, key=lambda lr: nll[model, lr]) for model, _ in search}
@@ -246,7 +248,7 @@ def main():
             for question in args.only:
                 seeds = range(args.seeds if question in ("gap", "streams") else 1)
                 for model, options in EXPERIMENTS[question].items():
-                    lr, width = best[options[1]], re.search(r"width(\d+)", model)
+                    lr, width = best.get(model, best[options[1]]), re.search(r"width(\d+)", model)
                     if width:
                         lr = f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}"
                     runs += [(d, model, lr, seed) for seed in seeds for d in args.datasets]

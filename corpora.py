@@ -229,7 +229,7 @@ def unpack(path, archive, home):
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging, target)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        reason = str(error).splitlines()[0].rstrip(":")
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         raise DataError(f"{path} is damaged ({reason}): delete it and run the command again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 CODEBOOK_SIZE = 1024
 START = 1024                         # the code id of the position before a clip's first frame
 IGNORE = -1                          # a target that does not count
-DEPTH_EVERY = 8                      # in training only every eighth frame's finer codes are learnt: they cost most
+DEPTH_EVERY = 8                      # a step of training learns the finer codes of every eighth frame: they cost most
 
 
 @dataclass
@@ -203,8 +203,8 @@ class HybridGPT(nn.Module):
             # (the stack's number, for the small transformers too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
-        # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too;
-        # below, how many terms of variance 1 are summed with these weights
+        # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too
+        # (over depth it is 2, that of a state and of a code); below, how many terms of variance 1 each weight sums
         terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": c.n_input_codebooks,
                  "finer_embedding": c.n_input_codebooks, "fuse.weight": c.use_mel and self.fuse.in_features,
                  "depth_in.weight": c.n_embd, "depth_embedding": 1}
@@ -230,7 +230,7 @@ class HybridGPT(nn.Module):
             self.mel_mean.copy_(torch.as_tensor(mean))
             self.mel_whitening.copy_(directions * scale)
 
-    def forward(self, codes, mel, targets=None, cache=None):
+    def forward(self, codes, mel, targets=None, cache=None, depth_frames=None):
         """Logits of the next coarse code at every position, and the losses.
 
         codes (B, K, T) int64, of which the first n_input_codebooks rows are read (the presets read one, the coarse
@@ -238,19 +238,22 @@ class HybridGPT(nn.Module):
         mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None without a mel branch
         targets (B, n_codebooks or more, T) int64 or None: the next frames' codes, IGNORE where none counts
         cache: a `Cache`, then T is 1 and the positions before this one are remembered
-        Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,); without
-        targets, in place of the losses, the stack's output (B, T, n_embd), which `finer_logits` takes.
+        depth_frames (n,) int64: the positions whose finer codes count, all by default
+        Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,), 0 where nothing
+        counts; without targets, in place of the losses, the stack's output (B, T, n_embd), which `finer_logits` takes.
         """
         x = self.stack(codes, mel, cache)                                         # (B, T, n_embd)
         logits = self.head(x)                                                     # (B, T, 1024)
         if targets is None:
             return logits, x
-        nll = lambda scores, codes: F.cross_entropy(scores.float(), codes, ignore_index=IGNORE)
+        nll = lambda scores, codes: F.cross_entropy(scores.float(), codes, ignore_index=IGNORE, reduction="sum") / (
+            codes != IGNORE).sum().clamp(min=1)
         losses = [nll(logits.flatten(0, 1), targets[:, 0].flatten())]
         if self.config.n_codebooks > 1:
-            every = DEPTH_EVERY if self.training else 1
-            targets = targets[:, :self.config.n_codebooks, ::every].transpose(1, 2).flatten(0, 1)     # (n, K)
-            finer = self.finer_logits(x[:, ::every].flatten(0, 1), targets[:, :-1].clamp(min=0))
+            if depth_frames is not None:
+                x, targets = x[:, depth_frames], targets[:, :, depth_frames]
+            targets = targets[:, :self.config.n_codebooks].transpose(1, 2).flatten(0, 1)              # (n, K)
+            finer = self.finer_logits(x.flatten(0, 1), targets[:, :-1].clamp(min=0))
             losses += [nll(finer[:, k], targets[:, k + 1]) for k in range(finer.shape[1])]
         return logits, torch.stack(losses)
 
@@ -258,6 +261,8 @@ class HybridGPT(nn.Module):
         """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> what each position knows (B, T, n_embd)."""
         T, at_start = codes.shape[2], (codes[:, 0] == START)[..., None]           # (B, T, 1)
         context, start = self.config.context, cache.position if cache else 0
+        if cache and T != 1:
+            raise ValueError(f"with a cache one position at a time, not {T}")
         if start + T <= context:
             rotary = self.rotary[:, start:start + T]
         else:

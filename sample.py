@@ -41,8 +41,8 @@ def load(path, device="cpu", codec=None, codec_dir=None):
     """A checkpoint of train.py -> (`HybridGPT` in eval mode, the `Codec` it was trained with, the checkpoint's dict).
 
     codec: a name for `load_codec`, None for the one that the checkpoint names. Raises CheckpointError for a checkpoint
-    that cannot be read, or that was trained on something which does not exist while sampling; CodecError for a codec
-    that is not the checkpoint's.
+    that cannot be read, or reads what does not exist while sampling, as codes that it does not predict; CodecError for
+    a codec that is not the checkpoint's.
     """
     model, checkpoint = load_checkpoint(path, device)
     if model.config.n_input_codebooks > model.config.n_codebooks:
@@ -151,7 +151,11 @@ def main():
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"error: device '{args.device}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
-    model, codec, _ = load(args.ckpt, args.device, args.codec, args.codec_dir)
+    model, codec, checkpoint = load(args.ckpt, args.device, args.codec, args.codec_dir)
+    trained_on, heard = checkpoint["mel_codebooks"], model.config.n_codebooks
+    if model.config.use_mel and trained_on != heard:
+        print(f"note: {args.ckpt} learnt from the mel of {f'{trained_on} codebooks' if trained_on else 'recordings'} and "
+              f"hears that of the {heard} it predicts: expect less of it than its NLL says", file=sys.stderr)
     prompt = None
     if args.prompt is not None:
         wave = torch.from_numpy(np.concatenate(list(read_audio(args.prompt))))

@@ -120,6 +120,10 @@ def parse_arguments():
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
     given = [word.split("=")[0][2:].removeprefix("no-") for word in sys.argv[1:] if word.startswith("--")]
     args.given = {name.replace("-", "_") for name in given}
+    scoring = {"eval", "dataset", "codec", "codec_dir", "mel_codebooks", "lookahead", "window", "batch_size", "device",
+               "dtype"}
+    if args.eval and (others := sorted(args.given - scoring)):
+        parser.error(f"--eval scores a checkpoint as it is: --{others[0].replace('_', '-')} has no place beside it")
     return args
 
 
@@ -188,10 +192,10 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     return figures, sums, counts
 
 
-def counted(targets):
+def counted(targets, depth_frames):
     """How many frames of targets (B, K, T) count for the coarse code, and how many for the finer ones: (2,)."""
     counts = targets[:, 0] != IGNORE
-    return torch.stack([counts.sum(), counts[:, ::DEPTH_EVERY].sum()])
+    return torch.stack([counts.sum(), counts[:, depth_frames].sum()])
 
 
 def learning_rate(step, args):
@@ -401,11 +405,14 @@ def main():
         # batch and dropout depend on seed, step and process alone, so that a resumed run is the uninterrupted one
         batch = data.batch(args.seed, step, args.batch_size, context)             # codes, mel, targets
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
-        n_targets, loss_sum = counted(batch[2]), 0.0          # (2,)
+        # in turn, as many crops start where a clip does
+        depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
+        n_targets, loss_sum = counted(batch[2], depth_frames), 0.0                # (2,)
+        depth_frames = depth_frames.to(device)
         for c, m, t in zip(*(x.chunk(WORLD)[RANK].to(device).chunk(args.accumulate) for x in batch)):
             with autocast:
-                _, losses = forward(c, m, t)                  # (K,)
-            share = counted(t) / n_targets.to(device)         # means over the batch, not over its parts
+                _, losses = forward(c, m, t, depth_frames=depth_frames)           # (K,)
+            share = counted(t, depth_frames) / n_targets.clamp(min=1).to(device)  # means over the batch, not its parts
             loss = losses[0] * share[0] + (losses[1:].mean() * share[1] if len(losses) > 1 else 0)
             (loss * WORLD).backward()                         # the processes' gradients will be averaged
             loss_sum += loss.detach()
@@ -440,5 +447,5 @@ if __name__ == "__main__":
             raise
         sys.exit("error: no space left for the files of --out; those written before are whole: make room, then "
                  "continue with --resume")
-    except KeyboardInterrupt:                                 # before the first step; later the loop sees to it
+    except KeyboardInterrupt:                                 # before the loop, or a second Ctrl-C in it
         sys.exit(130)

@@ -181,18 +181,20 @@ def test_the_losses_of_finer_codebooks_are_what_their_logits_say():
 
 
 @torch.no_grad()
-def test_in_training_every_eighth_frame_teaches_the_finer_codes():
+def test_some_frames_alone_can_teach_the_finer_codes():
     model, (codes, mel, targets) = make(DEEP), inputs(20)
+    some = torch.arange(3, 20, 8)
     _, everywhere = model(codes, mel, targets)
-    _, losses = model.train()(codes, mel, targets)
+    _, losses = model(codes, mel, targets, depth_frames=some)
     assert losses[0] == everywhere[0]                         # the coarse code learns from all of them
     thinned = targets.clone()
     thinned[:, 1:] = IGNORE
-    thinned[:, 1:, ::8] = targets[:, 1:, ::8]
-    model.eval()
+    thinned[:, 1:, some] = targets[:, 1:, some]
     for k in (1, 2, 3):
         shown = torch.where(torch.arange(4)[:, None] < k, targets, thinned)
         assert abs(losses[k] - model(codes, mel, shown)[1][k]) < 1e-5
+    targets[:, :, 5:] = IGNORE                                # clips that end before any of those frames
+    assert (model(codes, mel, targets, depth_frames=torch.arange(7, 20, 8))[1][1:] == 0).all()
 
 
 # ----------------------------------------------------------------------------- causality
@@ -339,6 +341,8 @@ def test_one_step_at_a_time_equals_the_whole_up_to_and_beyond_the_context(config
         steps = [model(codes[..., t:t + 1], mel[:, t:t + 1], cache=cache)[0] for t in range(codes.shape[-1])]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(whole[:, 20], logits_of(model, codes[..., 3:], mel[:, 3:])[:, 17])  # history matters
+    with pytest.raises(ValueError, match="one position at a time, not 2"):
+        model(codes[..., :2], mel[:, :2], cache=cache)
 
 
 @EACH

@@ -30,7 +30,7 @@ import corpora
 import data
 import tokens
 import train
-from model import load_checkpoint
+from model import HybridGPT, load_checkpoint
 from tokens import load_codec
 
 SCRIPT = Path(train.__file__).absolute()
@@ -187,6 +187,21 @@ def test_twins_see_the_same_batches(run, tmp_path):
         assert load_checkpoint(tmp_path / f"{name}.pt")[0].config.use_mel is (name == "nano")
     assert len(seen["nano"]) == 4
     assert all(torch.equal(a, b) for one, two in zip(*seen.values()) for a, b in zip(one, two))
+
+
+def test_the_finer_codes_of_every_frame_are_learnt_in_turn(run, tmp_path):
+    learnt, forward = [], HybridGPT.forward
+
+    def recorded(self, *args, **more):
+        if self.training:
+            learnt.append(more["depth_frames"].tolist())
+        return forward(self, *args, **more)
+    with mock.patch.object(HybridGPT, "forward", recorded):
+        assert run(tmp_path, "--steps", 8, "--eval-every", 8).code == 0
+    assert sorted(sum(learnt, [])) == list(range(32)) and all(len(frames) == 4 for frames in learnt)
+    result = run(tmp_path, "--context", 4, "--steps", 8, "--eval-every", 8, "--out", "short.pt")
+    assert result.code == 0 and all(math.isfinite(entry["loss"]) for entry in log_of(tmp_path / "short.jsonl")
+                                    if "loss" in entry), result.err
 
 
 @pytest.mark.parametrize("options, n_codebooks, mel_codebooks", [
@@ -603,6 +618,7 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--lookahead", 705], ["lookahead is 705", "704"]),
     (["--window", 0, 64], ["rises for 0", "1024"]),
     (["--eval", ""], ["--eval wants a checkpoint"]),
+    (["--eval", "out.pt"], ["--eval", "--context has no place"]),
     (["--set", "n_mels=40"], ["n_mels is fixed"]),
     (["--set", "n_head=0"], ["at least 1"]),
     (["--set", "n_layer=-1"], ["at least 1"]),

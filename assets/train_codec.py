@@ -9,7 +9,7 @@ An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser betwee
 once, from random weights, it ends up using one codebook, and that says little; so one thing after the other:
 
   1. the encoder alone learns to write the spectral envelope, see `Envelope`, into an eighth of its latents. The others
-     pass the waveform on, see `initialise`, but for the last four, see `count_aloud`;
+     pass the waveform on, see `initialise`, but for the last four, see `aloud`;
   2. both halves learn to give the sound back from unquantised latents, a fifth of the clips from the envelope alone,
      with as much noise on it as one codebook will make;
   3. each codebook is fitted by k-means to what the codebooks before it left over: the first to the envelope and
@@ -17,19 +17,15 @@ once, from random weights, it ends up using one codebook, and that says little; 
      decoder learns to hear 1, 2, 4 or 8 codebooks, another number for every clip of the batch: any number will decode;
   4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser.
 
-With --adversarial P EnCodec's multi-scale STFT discriminator listens too, once the fraction P of the steps is done.
-
-The losses are EnCodec's (arXiv 2210.13438, section 3.4): distance between log-mel spectrograms at four window lengths
-(L1 + L2), the waveform's L1, and the discriminator's verdict and features; with few codebooks the correlation by which
-STOI measures intelligibility, too. A balancer gives each its share of the gradient. Everything runs on one CPU or GPU;
-16,000 steps take two to three hours on two CPU cores. Held-out clips (those that train.py would validate on, see
-`data.split_clips`) are measured every quarter of an hour.
+The losses are EnCodec's (arXiv 2210.13438, section 3.4), and one for intelligibility, see `words_loss`; a balancer
+gives each its share of the gradient. With --adversarial P EnCodec's multi-scale STFT discriminator listens too, once
+the fraction P of the steps is done. 16,000 steps without it take two to three hours on two CPU cores. Clips that
+train.py would validate on (`data.split_clips`) are held out, and measured every quarter of an hour.
 """
 import argparse
 import copy
 import hashlib
 import json
-import os
 import pickle
 import sys
 import time
@@ -45,8 +41,7 @@ from data import DataError, find_audio, read_audio, split_clips
 from mel import HANN, SAMPLE_RATE, frame, log_mel, mel_power
 from tokens import CODEBOOK_SIZE, HOP, build_mini
 from train import save
-from encodec.modules import SConv1d, SConvTranspose1d, SLSTM          # after tokens: it makes encodec importable
-from encodec.modules.seanet import SEANetResnetBlock
+from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock, SLSTM    # tokens makes it importable
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
 WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,       # shares of the gradient,
@@ -70,12 +65,12 @@ def load(folders):
     train, held_out = [], []
     for name in folders:
         folder, clips = find_audio(name)
-        waves = [np.clip(np.concatenate(list(read_audio(folder / clip))), -1, 1) for clip in clips]
+        waves = [np.clip(np.concatenate(list(read_audio(folder / clip))), -1, 1) * 32767 for clip in clips]
         is_val = split_clips(clips, name)
         if not any(is_val):
             raise DataError(f"{name}: one file is not enough, another has to be held out")
-        train.append([(w * 32767).astype(np.int16) for w, v in zip(waves, is_val) if not v])
-        held_out.append([(w * 32767).astype(np.int16) for w, v in zip(waves, is_val) if v])
+        train.append([w.astype(np.int16) for w, v in zip(waves, is_val) if not v])
+        held_out.append([w.astype(np.int16) for w, v in zip(waves, is_val) if v])
         print(f"{name}: {sum(map(len, train[-1])) / SAMPLE_RATE / 60:.1f} minutes to train on, "
               f"{len(held_out[-1])} clips held out", flush=True)
     return train, held_out
@@ -85,10 +80,9 @@ def batch(train, rng, batch_size, n_samples):
     """Random crops, an equal share of every folder, varied as below -> (B, n_samples) float32 in [-1, 1].
 
     Half of them are played at 0.8 to 1.25 times the speed, which moves pitch and formants too; one in five comes from a
-    room: plus noise that dies away by 60 dB in 0.1 to 0.6 seconds, convolved with it. Level and polarity are random.
-    """
+    room: plus noise that dies away by 60 dB in 0.1 to 0.6 seconds, convolved with it. Level and polarity are random."""
     rows = []
-    for i in range(batch_size):
+    for _ in range(batch_size):
         waves = train[rng.integers(len(train))]
         wave = waves[rng.integers(len(waves))]
         speed = rng.uniform(0.8, 1.25) if rng.random() < 0.5 else 1.0
@@ -116,8 +110,7 @@ def initialise(model, wave):
     components of the patches of r frames that reach it, its mirror in the decoder their transpose, residual blocks
     start near the identity, and the signal is kept small, where ELU is almost linear. All other channels start at
     random and loud, where it bends. From random weights alone the same network spends its first thousands of steps
-    where the average spectrum is all it knows; from here it never visits that place.
-    """
+    where the average spectrum is all it knows; from here it never visits that place."""
     x, linear, mirror = wave[:, None], 1, []                  # linear: how many channels of x hold the transform
     for layer in model.encoder.model:
         if isinstance(layer, SConv1d):
@@ -185,17 +178,18 @@ def sayable(rest, k, n):
     return F.pad(rest[:, -n - ALOUD:-ALOUD], (rest.shape[1] - n - ALOUD, ALOUD)) if k == 0 else rest
 
 
-def count_aloud(quantizer):
-    """Let all words of codebooks 1, 2, 3 and 5 raise one of the last latents: the decoder hears how many there are.
-
-    What it should make of a rough waveform depends on that: of one codebook's, little. No choice of a word changes."""
-    for k, layer in enumerate(quantizer.vq.layers):
-        layer._codebook.embed[:, -ALOUD:] = aloud(torch.tensor([k + 1])) - aloud(torch.tensor([k]))
-
-
 def aloud(counts):
-    """Numbers of codebooks (B,) -> the last latents of a decoder that hears so many, (B, ALOUD)."""
+    """Numbers of codebooks (B,) -> the last latents of a decoder that hears so many, (B, ALOUD).
+
+    All words of codebooks 1, 2, 3 and 5 raise one of these latents: what the decoder should make of a rough waveform
+    depends on how many there are; of one codebook's, little. No choice of a word changes."""
     return (counts[:, None] > torch.tensor([0, 1, 2, 4], device=counts.device)) / 4
+
+
+def count_aloud(latents, counts):
+    """Latents (B, C, T), as yet unquantised, that pass for those of counts (B,) or (1,) codebooks."""
+    count = aloud(counts)[:, :, None].expand(len(latents), -1, latents.shape[2])
+    return torch.cat([latents[:, :-ALOUD], count], dim=1)
 
 
 @torch.no_grad()
@@ -213,9 +207,9 @@ def fit_codebooks(quantizer, latents, n, rounds=20):
         book.cluster_size.copy_(count[:, 0] * CODEBOOK_SIZE / len(residual))     # 1 if all are used alike
         book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
         residual = residual - book.embed[nearest(residual, book.embed)]
+        book.embed[:, -ALOUD:] = aloud(torch.tensor([k + 1])) - aloud(torch.tensor([k]))
         left = residual.var(0).sum() / latents.var(0).sum()
         print(f"  k-means: {left:.3f} of the latents' variance left over", flush=True)
-    count_aloud(quantizer)
 
 
 @torch.no_grad()
@@ -227,30 +221,24 @@ def follow(book, index, x, decay=0.99):
     dead = (book.cluster_size < 0.03).nonzero()[:, 0]         # thirty times rarer than the average: start anew
     book.cluster_size[dead] = 0.3
     book.embed_avg[dead] = 0.3 * x[torch.randint(len(x), (len(dead),), device=x.device)]
-    book.embed.copy_(book.embed_avg / book.cluster_size[:, None])
+    book.embed[:, :-ALOUD] = (book.embed_avg / book.cluster_size[:, None])[:, :-ALOUD]        # the last: see `aloud`
 
 
 @torch.no_grad()
 def quantize(quantizer, latents, counts, n, adapt):
     """Latents (B, C, T), clip i through its first counts[i] codebooks -> (B, C, T), and what codebook 1 says alone.
 
-    adapt: let the codebooks follow.
-    """
+    adapt: let the codebooks follow."""
     B, C, T = latents.shape
-    rest, used = latents.mT.reshape(-1, C), counts.repeat_interleave(T)
-    total = torch.zeros_like(rest)
+    rest, used, words = latents.mT.reshape(-1, C), counts.repeat_interleave(T)[:, None], []
     for k, layer in enumerate(quantizer.vq.layers):
         index = nearest(rest, layer._codebook.embed)
-        chosen = layer._codebook.embed[index]
+        words.append(layer._codebook.embed[index])
         if adapt:
             follow(layer._codebook, index, sayable(rest, k, n))
-        total += chosen * (used > k)[:, None]
-        rest = rest - chosen
-        if k == 0:
-            first = chosen
-    if adapt:
-        count_aloud(quantizer)
-    return total.view(B, T, C).mT, first.view(B, T, C).mT
+        rest = rest - words[k]
+    total = sum(word * (used > k) for k, word in enumerate(words))        # (B * T, C)
+    return total.view(B, T, C).mT, words[0].view(B, T, C).mT
 
 
 # ----------------------------------------------------------------------------- losses
@@ -268,8 +256,7 @@ class Envelope:
     of the frame before. A code is chosen without regard to its neighbours, so whatever repeats from frame to frame is
     paid for in each; with all of it taken off, the decoder, which adds the frames up again, would add up their errors
     too. The best lies in between: half-whitening (Costas, Coding with linear systems, 1952).
-    Fitted to some audio (B, N), where the variances of the n targets sum to 1.
-    """
+    Fitted to some audio (B, N), where the variances of the n targets sum to 1."""
 
     def __init__(self, wave, n):
         bands = self.bands(wave).flatten(0, 1)
@@ -334,8 +321,7 @@ def adversarial_losses(discriminator, out, wave):
 def balance(gradients, norms):
     """Gradients (B, ...) by name, at one tensor -> their sum, in which each has the share WEIGHTS gives it.
 
-    EnCodec's balancer: each is divided by a moving average of its norm, kept in `norms`; the shares sum to 1.
-    """
+    EnCodec's balancer: each is divided by a moving average of its norm, kept in `norms`; the shares sum to 1."""
     total = 0.0
     for name, gradient in gradients.items():
         norm = gradient.flatten(1).norm(dim=1).mean()
@@ -353,29 +339,23 @@ def perplexity(codes):
 
 
 @torch.no_grad()
-def measure(model, held_out, envelope, phase, device, n_clips=12, seconds=4):
-    """Held-out log-mel distance (mean absolute nats) by number of codebooks, each codebook's perplexity, and how much
-    of the envelope's variance the latents explain."""
-    model.eval()
-    report = {}
-    for name, waves in held_out.items():
-        n = seconds * SAMPLE_RATE
-        clips = [np.pad(w[:n], (0, max(0, n - len(w)))) for w in waves[:n_clips]]
-        wave = torch.from_numpy(np.stack(clips).astype(np.float32) / 32768).to(device)
+def measure(model, held_out, envelope, phase, device):
+    """Of the first 4 s of 12 clips of a folder: log-mel distance (mean absolute nats) by number of codebooks, each
+    codebook's perplexity, and how much of the envelope's variance the latents explain."""
+    report, n = {}, 4 * SAMPLE_RATE
+    for name, waves in held_out:
+        wave = torch.stack([F.pad(torch.from_numpy(w), (0, n - len(w))) for w in waves[:12]]).to(device) / 32768
         latents, target = model.encoder(wave[:, None]), envelope(wave)
-        mel = lambda wave: log_mel(wave, window=HANN)     # nothing is predicted here
+        mel = lambda wave: log_mel(wave, window=HANN)         # nothing is predicted here
         distance = lambda z: round((mel(model.decoder(z)[:, 0]) - mel(wave)).abs().mean().item(), 3)
-        waveform, shape, _ = kinds(latents, envelope.n)
-        error = (shape - target).var((0, 2)).sum() / target.var((0, 2)).sum()
-        all_heard = aloud(torch.full((len(wave),), 8, device=device))[:, :, None].expand(-1, -1, latents.shape[2])
-        report[name] = {"envelope": round(1 - error.item(), 3),
-                        "unquantised": distance(torch.cat([waveform, shape, all_heard], dim=1))}
+        error = (kinds(latents, envelope.n)[1] - target).var((0, 2)).sum() / target.var((0, 2)).sum()
+        unquantised = count_aloud(latents, torch.tensor([8], device=device))
+        report[name] = {"envelope": round(1 - error.item(), 3), "unquantised": distance(unquantised)}
         if phase >= 3:
-            codes = model.quantizer.vq.encode(latents)                    # (K, B, T)
+            codes = model.quantizer.vq.encode(latents)        # (K, B, T)
             for k in COUNTS.tolist():
                 report[name][f"{k} codebooks"] = distance(model.quantizer.vq.decode(codes[:k]))
             report[name]["perplexity"] = [round(perplexity(c)) for c in codes]
-    model.train()
     return report
 
 
@@ -391,24 +371,21 @@ def backward(model, before, wave, counts, phase, envelope, norms, discriminator=
 
     before: the encoder as phase 3 found it; wave (B, N); counts (B,) codebooks, of which phase 2 only asks whether they
     are one; phase as in the module's head; discriminator: None until it joins. Returns the losses by name and, from
-    phase 2 on, the decoded wave (B, N).
-    """
-    encoder_learns = phase in (1, 2, 4)
+    phase 2 on, the decoded wave (B, N)."""
+    encoder_learns = phase != 3
     bf16 = autocast(wave)                                     # the networks; codebook search and losses need float32
     with bf16, torch.set_grad_enabled(encoder_learns):
         latents = model.encoder(wave[:, None]).float()        # (B, C, T)
     leaf = latents.detach().requires_grad_(encoder_learns)
     waveform, shape, _ = kinds(leaf, envelope.n)
-    losses, pulls, out = {}, {}, None                         # pulls: gradients at the latents
+    alone = lambda part: F.pad(part, (0, 0, waveform.shape[1], ALOUD))        # the envelope's, and zeros
+    losses, out = {}, None
     if phase < 3:
-        target = envelope(wave)                               # (B, n, T)
-        losses["envelope"] = (shape - target).square().mean()
+        losses["envelope"] = (shape - envelope(wave)).square().mean()
     if phase == 2:
-        coarse = shape + NOISE * torch.randn_like(shape)
-        coarse = F.pad(coarse, (0, 0, waveform.shape[1], 0))
-        heard = torch.where((counts == 1)[:, None, None], coarse, leaf[:, :-ALOUD])
-        count = aloud(torch.where(counts == 1, 1, 8))[:, :, None].expand(-1, -1, leaf.shape[2])
-        heard = torch.cat([heard, count], dim=1)
+        coarse = alone(shape + NOISE * torch.randn_like(shape))
+        heard = torch.where((counts == 1)[:, None, None], coarse, leaf)
+        heard = count_aloud(heard, torch.where(counts == 1, 1, 8))
     if phase > 2:
         heard, first = quantize(model.quantizer, leaf, counts, envelope.n, adapt=phase == 4)
     if phase == 4:                                            # only the envelope adapts, the waveform stays as it was
@@ -417,9 +394,8 @@ def backward(model, before, wave, counts, phase, envelope, norms, discriminator=
         losses["waveform"] = (waveform - target).square().mean()
         losses["commitment"] = (shape - kinds(first, envelope.n)[1]).square().mean()      # be near a code
         # the gradient skips the quantiser: what the decoder asks of the code, the encoder hears as asked of its latents
-        heard = heard + F.pad(shape - shape.detach(), (0, 0, waveform.shape[1], ALOUD))
-    if encoder_learns:
-        pulls = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
+        heard = heard + alone(shape - shape.detach())
+    pulls = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
     if phase > 1:
         with bf16:
             out = model.decoder(heard)[:, 0].float()          # (B, N)
@@ -443,8 +419,8 @@ def export(model, config, path):
     training_only = ("inited", "cluster_size", "embed_avg")
     weights = {k: v.half().cpu() for k, v in model.state_dict().items() if not k.endswith(training_only)}
     save(path, {"config": config, "weights": weights})
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    print(f"wrote {path}: {os.path.getsize(path) / 2**20:.2f} MiB, MINI_SHA256 = \"{digest}\"")
+    written = Path(path).read_bytes()
+    print(f"wrote {path}: {len(written) / 2**20:.2f} MiB, MINI_SHA256 = \"{hashlib.sha256(written).hexdigest()}\"")
 
 
 def main():
@@ -483,7 +459,6 @@ def main():
         train, held_out = load(args.data)
     except DataError as error:
         sys.exit(f"error: {error}")
-    held_out = dict(zip(args.data, held_out))
 
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
@@ -493,12 +468,12 @@ def main():
     initialise(model, some)
     envelope = Envelope(some.to(args.device), args.dimension // 8)
     model.to(args.device)
-    encoder, decoder = list(model.encoder.parameters()), list(model.decoder.parameters())
-    parameters = encoder + decoder
-    optimizer = torch.optim.AdamW([{"params": encoder}, {"params": decoder}], betas=(0.8, 0.99), weight_decay=0.0,
-                                  fused=True)
+    average = copy.deepcopy(model).eval()                     # the weights' moving average is measured, and exported;
+    average.quantizer = model.quantizer                       # the codebooks are averages already
     before, discriminator = copy.deepcopy(model.encoder), None
-    modules = {"model": model, "before": before, "optimizer": optimizer}          # whatever has a state to save
+    optimizer = torch.optim.AdamW([{"params": half.parameters()} for half in (model.encoder, model.decoder)],
+                                  betas=(0.8, 0.99), weight_decay=0.0, fused=True)
+    modules = {"model": model, "average": average, "before": before, "optimizer": optimizer}        # what has a state
     if args.adversarial < 1:
         from encodec.msstftd import MultiScaleSTFTDiscriminator
         if not hasattr(sys.modules["torchaudio"], "transforms"):
@@ -506,74 +481,61 @@ def main():
         sizes = [2048, 1024, 512, 256, 128]
         discriminator = MultiScaleSTFTDiscriminator(32, n_ffts=sizes, win_lengths=sizes,
                                                     hop_lengths=[n // 4 for n in sizes]).to(args.device)
-        discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=3e-4, betas=(0.5, 0.9), fused=True)
-        modules |= {"discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
-    for name, module in modules.items():
-        if args.resume:
+        optimizer.add_param_group({"params": discriminator.parameters(), "lr": 3e-4, "betas": (0.5, 0.9),
+                                   "weight_decay": 0.01})
+        modules["discriminator"] = discriminator
+    if args.resume:
+        for name, module in modules.items():
             module.load_state_dict(state.pop(name))
-    state = {"averaged": [p.detach().clone() for p in parameters],        # the weights' moving average is measured
-             "step": 0, "phase": 1, "began": 0, "norms": {}, "options": options} | state
-    averaged = state["averaged"]
-    print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
-
-    def swap():                                               # the averaged weights in and out of the model
-        for p, a in zip(parameters, averaged):
-            p.data, a.data = a.data, p.data
+    state = {"step": 0, "phase": 1, "began": 0, "norms": {}, "options": options} | state
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
 
     next_save, next_report = time.time() + SAVE_EVERY, 0
-    while True:
-        step, phase = state["step"], state["phase"]
+    for step in range(state["step"], args.steps + 1):
+        state["step"], phase = step, state["phase"]
         done, now = step / args.steps, time.time()
-        if now > next_report or done >= 1:
-            swap()
-            print(json.dumps({"step": step, "phase": phase, **measure(model, held_out, envelope, phase, args.device)}),
-                  flush=True)
-            if done >= 1:
-                export(model, config, args.out)
-            swap()
+        if now > next_report or done == 1:
+            figures = measure(average, zip(args.data, held_out), envelope, phase, args.device)
+            print(json.dumps({"step": step, "phase": phase, **figures}), flush=True)
             next_report = now + 900
-        if now > next_save or done >= 1:
-            save(last, state | {name: m.state_dict() for name, m in modules.items()})
+        if now > next_save or done == 1:
+            save(last, state | {name: module.state_dict() for name, module in modules.items()})
             next_save = now + SAVE_EVERY
-        if done >= 1:
-            break
+        if done == 1:
+            return export(average, config, args.out)
 
         rng = np.random.default_rng((args.seed, step))        # a step depends on its number alone: runs can be resumed
         torch.manual_seed(args.seed + step)
         if done >= PHASES[phase - 1][0]:
             phase, state["phase"], state["began"] = phase + 1, phase + 1, step
-            if phase == 3:
-                swap()                                        # through phase 3 the encoder stands still, at its average
+            if phase == 3:                                    # all through it the encoder stands still, at its average
+                model.load_state_dict(average.state_dict())
+                before.load_state_dict(average.encoder.state_dict())
                 waves = [batch(train, rng, 2 * args.batch_size, 4 * SAMPLE_RATE).to(args.device) for _ in range(16)]
                 with torch.no_grad():
-                    latents = torch.cat([model.encoder(w[:, None]).mT.flatten(0, 1) for w in waves])
-                    torch._foreach_copy_(averaged, parameters)
-                before.load_state_dict(model.encoder.state_dict())
+                    latents = torch.cat([before(wave[:, None]).mT.flatten(0, 1) for wave in waves])
                 fit_codebooks(model.quantizer, latents, envelope.n)
-        (end, *rates), began = PHASES[phase - 1], state["began"]      # every phase warms up and cools down
-        through = (step - began) / max(1, end * args.steps - began)
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * min(1, (step - began + 1) / 200) * max(0.02, 1 - through ** 2)
 
         wave = batch(train, rng, args.batch_size, args.frames * HOP).to(args.device)
         counts = COUNTS[torch.from_numpy(rng.choice(4, args.batch_size, p=OFTEN))].to(args.device)
         optimizer.zero_grad(set_to_none=True)
         joined = discriminator if phase > 1 and done > args.adversarial else None
         losses, out = backward(model, before, wave, counts, phase, envelope, state["norms"], joined)
-        for half in (encoder, decoder):
-            torch.nn.utils.clip_grad_norm_(half, 1.0)
-        optimizer.step()
         if joined and rng.random() < 2 / 3:                   # its turns are fewer: it learns faster than the codec
-            discriminator_optimizer.zero_grad(set_to_none=True)
             with autocast(wave):
                 verdict = discriminator_loss(discriminator, out, wave)
             verdict.backward()
-            discriminator_optimizer.step()
-        state["step"] += 1
+        (end, *rates), began = PHASES[phase - 1], state["began"]      # every phase warms up and cools down
+        through = (step - began) / max(1, end * args.steps - began)
+        for group, rate in zip(optimizer.param_groups, rates):        # encoder, decoder
+            group["lr"] = rate * min(1, (step - began + 1) / 200) * max(0.02, 1 - through ** 2)
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, parameters, 1 - min(0.995, step / (step + 10)))
-        if state["step"] % 100 == 0:
-            print(f"step {state['step']}  " + "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()),
+            share = 1 - min(0.995, step / (step + 10))
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}  " + "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()),
                   flush=True)
 
 

@@ -115,7 +115,7 @@ def mel_power(frames, n_mels=N_MELS, window=None):
     if frames.numel() == 0:                    # some FFT libraries refuse an empty batch
         return frames.new_zeros(*frames.shape[:-1], n_mels)
     n_fft = frames.shape[-1]
-    weights, filterbank = _constants(n_fft, n_mels, window or (n_fft // 2, n_fft // 2), frames.device)
+    weights, filterbank = _constants(n_fft, n_mels, tuple(window or (n_fft // 2, n_fft // 2)), frames.device)
     at_once = 256 if frames.device.type == "cpu" else frames.shape[-2]        # what fits into a processor's cache
     power = []
     for some in frames.split(at_once, dim=-2):

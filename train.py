@@ -208,7 +208,7 @@ def learning_rate(step, args):
 
 def terminated(*_):
     """What SIGTERM does while the data are prepared."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # or torch would report its workers, which got it, too
+    signal.signal(signal.SIGCHLD, lambda *_: None)            # or torch would report its workers, which got it, too
     sys.exit(143)
 
 

@@ -335,6 +335,15 @@ def test_a_damaged_archive_is_one_clear_line_and_leaves_no_folder(tmp_path, cont
     assert os.listdir(tmp_path) == ["dev-clean.tar.gz"]
 
 
+def test_a_damage_that_has_no_words_of_its_own_is_named_by_its_kind(tmp_path, monkeypatch):
+    def cut_off(_):
+        raise EOFError
+    (tmp_path / "dev-clean.tar.gz").touch()
+    monkeypatch.setattr(corpora, "_members", cut_off)
+    with pytest.raises(DataError, match="is damaged .EOFError.: delete it"):
+        corpora.unpack(tmp_path / "dev-clean.tar.gz", corpora.DEV_CLEAN, tmp_path)
+
+
 def test_an_archive_without_the_folder_is_refused(tmp_path):
     path = tmp_path / "dev-clean.tar.gz"
     path.write_bytes(tar({"LibriSpeech/test-clean/84/a.flac": b"x"}))

@@ -203,6 +203,15 @@ def test_finer_codes_are_drawn_at_a_temperature_of_their_own(tiny_codec, finer, 
     assert [call.args[1] for call in drawn.call_args_list] == [1.0, expected, expected] * 2
 
 
+@pytest.mark.parametrize("trained_on, word", [(8, None), (0, "of recordings"), (2, "of 2 codebooks")])
+def test_a_model_that_hears_what_it_did_not_learn_from_says_so(ckpt, tmp_path, trained_on, word):
+    checkpoint = torch.load(ckpt, weights_only=True)
+    torch.save(checkpoint | {"mel_codebooks": trained_on}, tmp_path / "other.pt")
+    done = run_script(tmp_path, SCRIPT, "--ckpt", "other.pt", "--device", "cpu", "--seconds", 0.1)
+    assert done.code == 0 and (tmp_path / "sample.wav").exists()
+    assert f"learnt from the mel {word}" in done.err if word else "note" not in done.err
+
+
 def test_num_3_writes_three_different_files(run, tmp_path):
     assert run("--num", 3, "--out", "s.wav").code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s-1.wav", "s-2.wav", "s-3.wav"]

@@ -24,9 +24,9 @@ fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4
           trained on decoded mel, too
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
           inverse proportion to the width
-steps     the models of the gap that predict the coarse code, trained four times as long
+steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
-context   both models with more and fewer positions, as many targets a step
+context   the same three with more and fewer positions, as many targets a step
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
@@ -77,7 +77,8 @@ EXPERIMENTS = {                                               # question: {model
     "noise": {"nano-all-noise": [*NANO_ALL, "--mel-codebooks", "8", "--set", "mel_noise=0.5"],
               "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
-                for n in (32, 64, 128, 512) for name, options in (("nano", NANO), ("nano-gpt", GPT))}}
+                for n in (32, 64, 128, 512) for name, options in
+                (("nano", NANO), ("nano-heard", [*NANO, "--mel-codebooks", "8"]), ("nano-gpt", GPT))}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
 TWINS = {}                                                    # what a gain is measured against: a model of tokens only
 for model, options in MODELS.items():                         # that is otherwise the same, or predicts as many codes

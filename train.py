@@ -348,6 +348,10 @@ def main():
             "torch": torch.__version__, "uniform_nll": math.log(CODEBOOK_SIZE), "unigram_nll": unigram,
             "dtype": args.dtype, "train_frames": data.meta["train_frames"], "val_frames": data.meta["val_frames"]})
 
+    def move(x):
+        """To the device; to a GPU while the CPU goes on, for which the memory must be pinned."""
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
     stopped_by = []                                           # a signal ends the run after the step it falls into
 
     def stop_soon(number, _):
@@ -408,13 +412,16 @@ def main():
         # in turn, as many crops start where a clip does
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = counted(batch[2], depth_frames), 0.0                # (2,)
-        depth_frames = depth_frames.to(device)
-        for c, m, t in zip(*(x.chunk(WORLD)[RANK].to(device).chunk(args.accumulate) for x in batch)):
+        depth_frames, n_all = move(depth_frames), move(n_targets.clamp(min=1))
+        parts = zip(*(move(x.chunk(WORLD)[RANK]).chunk(args.accumulate) for x in batch))
+        for part, (c, m, t) in enumerate(parts, start=1):
+            if WORLD > 1:                                     # gradients are averaged once, after the last part
+                forward.require_backward_grad_sync = part == args.accumulate
             with autocast:
                 _, losses = forward(c, m, t, depth_frames=depth_frames)           # (K,)
-            share = counted(t, depth_frames) / n_targets.clamp(min=1).to(device)  # means over the batch, not its parts
+            share = counted(t, depth_frames) / n_all          # means over the batch, not over its parts
             loss = losses[0] * share[0] + (losses[1:].mean() * share[1] if len(losses) > 1 else 0)
-            (loss * WORLD).backward()                         # the processes' gradients will be averaged
+            (loss * WORLD).backward()                         # the processes' gradients will be averaged, not summed
             loss_sum += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()

@@ -690,13 +690,13 @@ def test_the_learning_rate_warms_up_linearly_and_falls_to_a_tenth():
 
 # ----------------------------------------------------------------------------- several processes
 
-def test_two_processes_train_as_one_does(own_clips, tiny_codec_file, tmp_path):
+def test_two_processes_train_in_parts_as_one_does_at_once(own_clips, tiny_codec_file, tmp_path):
     options = ["--dataset", own_clips, "--codec", tiny_codec_file, "--steps", 4, "--eval-every", 2, "--context", 32,
                "--batch-size", 4, "--device", "cpu", "--model", "nano", "--dropout", 0, "--clip", 2]
     # AdamW does not notice gradients that are too small by a factor; clipping them does, where some norms exceed it
-    logs = []
-    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
-        command = [sys.executable, *launch, SCRIPT, *options, "--out", f"{name}.pt"]
+    logs, two = [], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launch, parts in (("one", [], 1), ("two", two, 2)):
+        command = [sys.executable, *launch, SCRIPT, *options, "--accumulate", parts, "--out", f"{name}.pt"]
         done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr

@@ -93,8 +93,8 @@ def parse_arguments():
         parser.error("--n-codebooks must be at least 1")
     if args.mel_codebooks is not None and args.mel_codebooks < 0:
         parser.error("--mel-codebooks must be 0 or more")
-    read = {field.name: {"True": True, "False": False}.__getitem__ if field.type is bool else field.type
-            for field in dataclasses.fields(Config) if field.name not in ("n_codebooks", "context", "dropout", "n_mels")}
+    read = {f.name: {"True": True, "False": False}.__getitem__ if f.type is bool else f.type
+            for f in dataclasses.fields(Config) if f.name not in ("n_codebooks", "context", "dropout", "n_mels")}
     fields = {}
     for word in args.set:
         field, _, value = word.partition("=")

@@ -66,7 +66,8 @@ def parse_arguments():
         "Config, for example use_codes=False n_mel_layer=2")
     add = parser.add_argument_group("how to train").add_argument
     add("--steps", type=int, default=300, help="default: %(default)s")
-    add("--batch-size", type=int, default=16, help="crops of one context each, per step (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="crops per step (default: %(default)s)")
+    add("--crop", type=int, metavar="N", help="positions of each (default: one context)")
     add("--accumulate", type=int, default=1,
         help="split each batch into so many parts, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate; warm-up, then cosine to a tenth (default: 1.2e-2 for the "
@@ -86,11 +87,9 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="start anew although --out exists")
     add("--eval", metavar="CKPT", help="print a checkpoint's validation figures, each clip's NLL too, and stop")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "accumulate", "eval_every"):
-        if getattr(args, name) < 1:
+    for name in ("steps", "batch_size", "accumulate", "eval_every", "crop", "n_codebooks"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.n_codebooks is not None and args.n_codebooks < 1:
-        parser.error("--n-codebooks must be at least 1")
     if args.mel_codebooks is not None and args.mel_codebooks < 0:
         parser.error("--mel-codebooks must be 0 or more")
     read = {f.name: {"True": True, "False": False}.__getitem__ if f.type is bool else f.type
@@ -333,10 +332,10 @@ def main():
         log.write(json.dumps(figures) + "\n")
         log.flush()
 
-    n_params, context = model.n_params(), model.config.context
+    n_params, context, crop = model.n_params(), model.config.context, args.crop or model.config.context
     print(f"{args.model}: {n_params / 1e6:.2f} M parameters, context {context}, on {device} in {args.dtype}")
     print(f"{args.dataset}: {data.meta['train_frames']:,} frames to train on, {data.meta['val_frames']:,} to "
-          f"validate, codec {codec.name}; {args.batch_size * context:,} targets a step at most")
+          f"validate, codec {codec.name}; {args.batch_size * crop:,} targets a step at most")
     print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
@@ -407,10 +406,10 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         # batch and dropout depend on seed, step and process alone, so that a resumed run is the uninterrupted one
-        batch = data.batch(args.seed, step, args.batch_size, context)             # codes, mel, targets
+        batch = data.batch(args.seed, step, args.batch_size, crop)                # codes, mel, targets
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
         # in turn, as many crops start where a clip does
-        depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
+        depth_frames = torch.arange(step % min(DEPTH_EVERY, crop), crop, DEPTH_EVERY)
         n_targets, loss_sum = counted(batch[2], depth_frames), 0.0                # (2,)
         depth_frames, n_all = move(depth_frames), move(n_targets.clamp(min=1))
         parts = zip(*(move(x.chunk(WORLD)[RANK]).chunk(args.accumulate) for x in batch))

@@ -16,7 +16,7 @@ gap       what is gained with the recording's mel, and what is left of it with t
           and `nano-gpt-all` predict all eight, as the presets do, and `nano-all` is trained on that mel, too. Hybrids
           are scored with the mel of the original, of eight codebooks and of one
 window    `nano` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our kind;
-          one seed, as all but gap and streams: exploratory
+          one seed, as all but gap, streams and best: exploratory
 leak      `nano` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which shows
           what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
@@ -26,7 +26,9 @@ size      both models narrower and wider (not in pairs of equal size: two curves
           inverse proportion to the width
 steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
-context   the same three with more and fewer positions, as many targets a step
+context   the same three with more and fewer positions, as many targets a step: a long context means few places a step
+crop      a context of 32 again, but with crops of 256: as far a look as `best`, as few places a step as `nano`
+best      the best of all that was tried, three seeds: a context of 32 positions, and so 128 places a step
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
@@ -55,10 +57,11 @@ from train import write_whole
 
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
 NANO, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
+HEARD = [*NANO, "--mel-codebooks", "8"]
+TRIO = {"nano": NANO, "nano-heard": HEARD, "nano-gpt": GPT}   # trained on recordings, on decoded audio, without a mel
 NANO_ALL, GPT_ALL = NANO[:2], GPT[:2]                         # all eight codes, as the presets do
 EXPERIMENTS = {                                               # question: {model: options of train.py}
-    "gap": {"nano": NANO, "nano-heard": [*NANO, "--mel-codebooks", "8"], "nano-gpt": GPT,
-            "nano-all": NANO_ALL, "nano-gpt-all": GPT_ALL},
+    "gap": {**TRIO, "nano-all": NANO_ALL, "nano-gpt-all": GPT_ALL},
     "window": {f"nano-window{rise + fall}": [*NANO, "--window", str(rise), str(fall)]
                for rise, fall in ((512, 512), (960, 32), (288, 32))},
     "leak": {f"nano-{how}{n}": [*NANO, "--window", "512", "512", "--lookahead", f"{sign}{n}"]
@@ -69,16 +72,18 @@ EXPERIMENTS = {                                               # question: {model
     "fuse": {"nano-add": [*NANO, "--set", "fuse=add", "n_inner=528"],
              **{f"nano-blocks{n}": [*NANO, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
                 for n, inner in ((0, 584), (2, 440), (4, 296))},
-             "nano-heard-blocks4": [*NANO, "--mel-codebooks", "8", "--set", "n_mel_layer=4", "n_inner=296"]},
+             "nano-heard-blocks4": [*HEARD, "--set", "n_mel_layer=4", "n_inner=296"]},
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
              for n in (64, 192, 256) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
-    "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in
-              (("nano", NANO), ("nano-heard", [*NANO, "--mel-codebooks", "8"]), ("nano-gpt", GPT))},
+    "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
     "noise": {"nano-all-noise": [*NANO_ALL, "--mel-codebooks", "8", "--set", "mel_noise=0.5"],
               "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
-                for n in (32, 64, 128, 512) for name, options in
-                (("nano", NANO), ("nano-heard", [*NANO, "--mel-codebooks", "8"]), ("nano-gpt", GPT))}}
+                for n in (64, 128, 512) for name, options in TRIO.items()},
+    "crop": {f"{name}-context32-crop256": [*options, "--context", "32", "--crop", "256"]
+             for name, options in TRIO.items()},
+    "best": {f"{name}-context32": [*options, "--context", "32", "--batch-size", "128"]
+             for name, options in TRIO.items()}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
 TWINS = {}                                                    # what a gain is measured against: a model of tokens only
 for model, options in MODELS.items():                         # that is otherwise the same, or predicts as many codes
@@ -230,7 +235,7 @@ def main():
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap and streams (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap, streams and best (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--table", action="store_true", help="print the table of the results that exist")
     args = parser.parse_args()
@@ -247,7 +252,7 @@ def main():
             best = {model: min(LEARNING_RATES, key=lambda lr: nll[model, lr]) for model, _ in search}
             runs = []
             for question in args.only:
-                seeds = range(args.seeds if question in ("gap", "streams") else 1)
+                seeds = range(args.seeds if question in ("gap", "streams", "best") else 1)
                 for model, options in EXPERIMENTS[question].items():
                     lr, width = best.get(model, best[options[1]]), re.search(r"width(\d+)", model)
                     if width:

@@ -152,7 +152,7 @@ def find_audio(dataset, cache=CACHE):
         folder, corpus = fetch(dataset)
         tops = [folder / archive.folder for archive in corpus.archives]
     else:
-        folder = BUNDLED.get(dataset, Path(dataset).expanduser())
+        folder = BUNDLED.get(dataset, Path(os.path.expanduser(dataset)))
         tops = [folder]
     if not folder.is_dir():
         raise DataError(f"no dataset '{dataset}': use {', '.join([*BUNDLED, *CORPORA])}, or the path of a folder of "
@@ -343,7 +343,7 @@ def _join(home, dataset, name, names, made_with, problems):
     lengths = [path.stat().st_size // row.itemsize for path in paths]                     # in frames
     ends, n_frames = np.cumsum(lengths), sum(lengths)
     clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable]
-    if len(clips) == 1:
+    if len(clips) == 1 and not _split_by_folder(names, dataset):
         if n_frames < 10:
             raise DataError(f"dataset '{name}' holds {n_frames} frames in one file: too few to train and validate on")
         print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)

@@ -66,8 +66,7 @@ def parse_arguments():
         "Config, for example use_codes=False n_mel_layer=2")
     add = parser.add_argument_group("how to train").add_argument
     add("--steps", type=int, default=300, help="default: %(default)s")
-    add("--batch-size", type=int, default=16, help="crops per step (default: %(default)s)")
-    add("--crop", type=int, metavar="N", help="positions of each (default: one context)")
+    add("--batch-size", type=int, default=16, help="crops of one context each, per step (default: %(default)s)")
     add("--accumulate", type=int, default=1,
         help="split each batch into so many parts, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate; warm-up, then cosine to a tenth (default: 1.2e-2 for the "
@@ -87,7 +86,7 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="start anew although --out exists")
     add("--eval", metavar="CKPT", help="print a checkpoint's validation figures, each clip's NLL too, and stop")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "accumulate", "eval_every", "crop", "n_codebooks"):
+    for name in ("steps", "batch_size", "accumulate", "eval_every", "n_codebooks"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.mel_codebooks is not None and args.mel_codebooks < 0:
@@ -332,10 +331,10 @@ def main():
         log.write(json.dumps(figures) + "\n")
         log.flush()
 
-    n_params, context, crop = model.n_params(), model.config.context, args.crop or model.config.context
+    n_params, context = model.n_params(), model.config.context
     print(f"{args.model}: {n_params / 1e6:.2f} M parameters, context {context}, on {device} in {args.dtype}")
     print(f"{args.dataset}: {data.meta['train_frames']:,} frames to train on, {data.meta['val_frames']:,} to "
-          f"validate, codec {codec.name}; {args.batch_size * crop:,} targets a step at most")
+          f"validate, codec {codec.name}; {args.batch_size * context:,} targets a step at most")
     print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
@@ -374,7 +373,7 @@ def main():
             stop = torch.tensor(stop)                         # on the CPU: no step should wait for a GPU
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=by_cpu)
             stop = stop.item()
-        due = step % args.eval_every == 0 or step == args.steps
+        due = not stop and (step % args.eval_every == 0 or step == args.steps)    # --resume will begin with it
         if (step % 20 == 0 or due or stop) and not norm.isfinite():
             diverged("the loss or its gradient")
         if due and RANK == 0:                                 # `model`: `forward` would be compiled anew for eval mode
@@ -396,20 +395,22 @@ def main():
             content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
                                     seconds=seconds, best=best, args=options, **facts)
             save(last, content)
+        if stop:
+            launch = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
+            device = f" --device {args.device}" * ("device" in args.given)
+            print(f"stopped at step {step}; continue with: {launch} train.py --resume --out {out}{device}")
+            sys.exit(128 + stop)
         if step == args.steps:
             break
-        if stop:
-            print(f"stopped at step {step}; continue with: python train.py --resume --out {out}")
-            sys.exit(128 + stop)
 
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         # batch and dropout depend on seed, step and process alone, so that a resumed run is the uninterrupted one
-        batch = data.batch(args.seed, step, args.batch_size, crop)                # codes, mel, targets
+        batch = data.batch(args.seed, step, args.batch_size, context)             # codes, mel, targets
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
         # in turn, as many crops start where a clip does
-        depth_frames = torch.arange(step % min(DEPTH_EVERY, crop), crop, DEPTH_EVERY)
+        depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = counted(batch[2], depth_frames), 0.0                # (2,)
         depth_frames, n_all = move(depth_frames), move(n_targets.clamp(min=1))
         parts = zip(*(move(x.chunk(WORLD)[RANK]).chunk(args.accumulate) for x in batch))
@@ -452,6 +453,6 @@ if __name__ == "__main__":
         if error.errno not in DISK_FULL:
             raise
         sys.exit("error: no space left for the files of --out; those written before are whole: make room, then "
-                 "continue with --resume")
+                 "continue with --resume, or start anew with --overwrite if this came before the first checkpoint")
     except KeyboardInterrupt:                                 # before the loop, or a second Ctrl-C in it
         sys.exit(130)

@@ -16,7 +16,7 @@ gap       what is gained with the recording's mel, and what is left of it with t
           and `nano-gpt-all` predict all eight, as the presets do, and `nano-all` is trained on that mel, too. Hybrids
           are scored with the mel of the original, of eight codebooks and of one
 window    `nano` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our kind;
-          one seed, as all but gap, streams and best: exploratory
+          one seed, as all but gap, streams and short: exploratory
 leak      `nano` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which shows
           what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
@@ -26,9 +26,8 @@ size      both models narrower and wider (not in pairs of equal size: two curves
           inverse proportion to the width
 steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
-context   the same three with more and fewer positions, as many targets a step: a long context means few places a step
-crop      a context of 32 again, but with crops of 256: as far a look as `best`, as few places a step as `nano`
-best      the best of all that was tried, three seeds: a context of 32 positions, and so 128 places a step
+context   the same three with more and fewer positions, as many targets a step: the longer, the fewer places a step
+short     the same three with 32 positions, with which music gains most, and three seeds
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
@@ -79,10 +78,8 @@ EXPERIMENTS = {                                               # question: {model
     "noise": {"nano-all-noise": [*NANO_ALL, "--mel-codebooks", "8", "--set", "mel_noise=0.5"],
               "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
-                for n in (64, 128, 512) for name, options in TRIO.items()},
-    "crop": {f"{name}-context32-crop256": [*options, "--context", "32", "--crop", "256"]
-             for name, options in TRIO.items()},
-    "best": {f"{name}-context32": [*options, "--context", "32", "--batch-size", "128"]
+                for n in (32, 64, 128, 512) for name, options in TRIO.items()},
+    "short": {f"{name}-context32": [*options, "--context", "32", "--batch-size", "128"]
              for name, options in TRIO.items()}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
 TWINS = {}                                                    # what a gain is measured against: a model of tokens only
@@ -129,8 +126,11 @@ def run(dataset, model, lr, seed):
         place = dataset if dataset == label(dataset) else str(Path(dataset).resolve())
         options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", "cpu"]
         again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
+        legs = out.with_suffix(".commits")                    # a run that was interrupted may owe itself to several
         git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
         commit = git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py", "assets"))
+        commits = [commit, *(legs.read_text().split() if again == ["--resume"] and legs.exists() else ())]
+        write_whole(legs, " ".join(dict.fromkeys(commits)).encode())
         with open(out.with_suffix(".txt"), "a") as text:
             done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=text, stderr=text, **HOW)
         if done.returncode:
@@ -143,7 +143,7 @@ def run(dataset, model, lr, seed):
                    "lr": lr, "seed": seed, "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
                    "best": min(evaluations, key=lambda e: e["val_nll"]), "seconds": evaluations[-1]["seconds"],
                    "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],
-                   "machine": machine(), "torch": log[0]["torch"], "commit": commit}
+                   "machine": machine(), "torch": log[0]["torch"], "commit": legs.read_text()}
         write(result, content)
         out.with_suffix(".last.pt").unlink()                  # nothing is left to continue
     return json.loads(result.read_text())
@@ -235,7 +235,7 @@ def main():
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap, streams and best (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap, streams and short (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--table", action="store_true", help="print the table of the results that exist")
     args = parser.parse_args()
@@ -252,7 +252,7 @@ def main():
             best = {model: min(LEARNING_RATES, key=lambda lr: nll[model, lr]) for model, _ in search}
             runs = []
             for question in args.only:
-                seeds = range(args.seeds if question in ("gap", "streams", "best") else 1)
+                seeds = range(args.seeds if question in ("gap", "streams", "short") else 1)
                 for model, options in EXPERIMENTS[question].items():
                     lr, width = best.get(model, best[options[1]]), re.search(r"width(\d+)", model)
                     if width:

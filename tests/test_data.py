@@ -406,10 +406,11 @@ def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny
 
 
 @pytest.mark.parametrize("lost", ["train", "val"])
-def test_a_side_that_has_nothing_usable_is_not_made_up_from_the_other(tmp_path, tiny_codec, lost):
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_side_that_has_nothing_usable_is_not_made_up_from_the_other(tmp_path, tiny_codec, lost, n):
     (tmp_path / "in").mkdir()
     for side in ("train", "val"):
-        clips(tmp_path / "in" / side, n=3)
+        clips(tmp_path / "in" / side, n=n)
     for path in (tmp_path / "in" / lost).iterdir():
         path.write_bytes(b"no audio")
     with pytest.raises(DataError, match="is left to " + ("train" if lost == "train" else "validate") + " on"):
@@ -418,6 +419,11 @@ def test_a_side_that_has_nothing_usable_is_not_made_up_from_the_other(tmp_path, 
         path.rename(path.with_suffix(".m4a"))                 # of a kind that is not looked for
     with pytest.raises(DataError, match=f"no audio files under .*{lost}"):
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+
+
+def test_a_home_that_nobody_has_is_no_dataset():
+    with pytest.raises(DataError, match="no dataset '~nobody-of-that-name/in'"):
+        data.find_audio("~nobody-of-that-name/in")
 
 
 def test_linked_folders_are_searched_and_a_link_back_up_does_no_harm(tmp_path, tiny_codec):

@@ -282,9 +282,9 @@ def test_an_evaluation_leaves_the_model_in_the_mode_it_was_in(run, trained, trai
 
 # ----------------------------------------------------------------------------- going on after an interruption
 
-@pytest.mark.parametrize("stop_at", [3, 4])
+@pytest.mark.parametrize("stop_at", [3, 4, 6])
 def test_resuming_gives_the_same_losses_as_not_stopping(run, tmp_path, stop_at):
-    """Stopped between two evaluations, or at one; with dropout, whose random state must go on as well."""
+    """Stopped between two evaluations, where one is due, or after the last step; with dropout, whose random state must go on as well."""
     options = ["--steps", 6, "--dropout", 0.2]
     assert run(tmp_path, *options, "--out", "whole.pt").code == 0
     batch = data.Dataset.batch
@@ -397,7 +397,7 @@ def test_a_signal_ends_the_run_with_its_state_saved_and_says_how_to_go_on(own_cl
     finally:
         process.kill()
     assert process.returncode == code and "Traceback" not in err
-    assert "continue with: python train.py --resume --out out.pt" in out
+    assert "continue with: python train.py --resume --out out.pt --device cpu\n" in out
     step = torch.load(tmp_path / "out.last.pt", weights_only=True)["step"]
     assert step >= 20 and f"stopped at step {step};" in out
 

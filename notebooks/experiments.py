@@ -28,6 +28,7 @@ steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
 context   the same three with more and fewer positions, as many targets a step: the longer, the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
+best      and with the largest width besides, just below 4 million parameters
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
@@ -80,7 +81,9 @@ EXPERIMENTS = {                                               # question: {model
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (32, 64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32": [*options, "--context", "32", "--batch-size", "128"]
-             for name, options in TRIO.items()}}
+             for name, options in TRIO.items()},
+    "best": {f"{name}-width256-context32": [*options, "--context", "32", "--batch-size", "128", "--set", "n_embd=256",
+                                            "n_head=8", "n_inner=1024"] for name, options in TRIO.items()}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
 TWINS = {}                                                    # what a gain is measured against: a model of tokens only
 for model, options in MODELS.items():                         # that is otherwise the same, or predicts as many codes

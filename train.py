@@ -397,8 +397,8 @@ def main():
             save(last, content)
         if stop:
             launch = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
-            device = f" --device {args.device}" * ("device" in args.given)
-            print(f"stopped at step {step}; continue with: {launch} train.py --resume --out {out}{device}")
+            print(f"stopped at step {step}; continue with: {launch} train.py --resume --out {out}"
+                  + f" --device {args.device}" * ("device" in args.given))
             sys.exit(128 + stop)
         if step == args.steps:
             break

@@ -59,6 +59,7 @@ RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds chec
 NANO, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
 HEARD = [*NANO, "--mel-codebooks", "8"]
 TRIO = {"nano": NANO, "nano-heard": HEARD, "nano-gpt": GPT}   # trained on recordings, on decoded audio, without a mel
+SHORT = ["--context", "32", "--batch-size", "128"]
 NANO_ALL, GPT_ALL = NANO[:2], GPT[:2]                         # all eight codes, as the presets do
 EXPERIMENTS = {                                               # question: {model: options of train.py}
     "gap": {**TRIO, "nano-all": NANO_ALL, "nano-gpt-all": GPT_ALL},
@@ -80,10 +81,9 @@ EXPERIMENTS = {                                               # question: {model
               "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (32, 64, 128, 512) for name, options in TRIO.items()},
-    "short": {f"{name}-context32": [*options, "--context", "32", "--batch-size", "128"]
-             for name, options in TRIO.items()},
-    "best": {f"{name}-width256-context32": [*options, "--context", "32", "--batch-size", "128", "--set", "n_embd=256",
-                                            "n_head=8", "n_inner=1024"] for name, options in TRIO.items()}}
+    "short": {f"{name}-context32": [*options, *SHORT] for name, options in TRIO.items()},
+    "best": {f"{name}-width256-context32": [*options, *SHORT, "--set", "n_embd=256", "n_head=8", "n_inner=1024"]
+             for name, options in TRIO.items()}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
 TWINS = {}                                                    # what a gain is measured against: a model of tokens only
 for model, options in MODELS.items():                         # that is otherwise the same, or predicts as many codes

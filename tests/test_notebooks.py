@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,6 +86,27 @@ def test_a_model_is_compared_with_one_that_predicts_as_many_codes_from_as_long_a
         return {a: b for a, b in zip(words, words[1:]) if a in ("--n-codebooks", "--context", "--batch-size")}
     for model, twin in experiments.TWINS.items():
         assert matters(model) == matters(twin) and model != twin
+
+
+@pytest.mark.parametrize("interrupted, commits", [(False, "b"), (True, "b a")])
+def test_a_result_names_every_commit_that_its_run_was_made_with(tmp_path, monkeypatch, interrupted, commits):
+    name = f"speech-nano-lr{experiments.LEARNING_RATES[0]}-seed0"
+    (tmp_path / f"{name}.commits").write_text("a")
+    (tmp_path / f"{name}.jsonl").write_text(
+        '{"codec": "mini", "codec_checksum": "0", "torch": "2"}\n{"step": 0, "val_nll": 7.0, "seconds": 1.0}')
+    if interrupted:
+        (tmp_path / f"{name}.last.pt").touch()
+    ran = []
+
+    def run(words, **_):
+        ran.append(words)
+        (tmp_path / f"{name}.last.pt").touch()
+        return SimpleNamespace(returncode=0, stdout="b" if "describe" in words else "")
+    monkeypatch.setattr(experiments.subprocess, "run", run)
+    for folder in ("RESULTS", "RUNS"):
+        monkeypatch.setattr(experiments, folder, tmp_path)
+    assert experiments.run("speech", "nano", experiments.LEARNING_RATES[0], 0)["commit"] == commits
+    assert ["--resume" in words for words in ran if "--out" in words] == [interrupted]
 
 
 def test_an_experiments_list_stays_on_a_line(tmp_path):

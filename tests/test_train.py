@@ -284,7 +284,8 @@ def test_an_evaluation_leaves_the_model_in_the_mode_it_was_in(run, trained, trai
 
 @pytest.mark.parametrize("stop_at", [3, 4, 6])
 def test_resuming_gives_the_same_losses_as_not_stopping(run, tmp_path, stop_at):
-    """Stopped between two evaluations, where one is due, or after the last step; with dropout, whose random state must go on as well."""
+    """Stopped between two evaluations, where one is due (a signal does not wait for it), or after the last step; with
+    dropout, whose random state must go on as well."""
     options = ["--steps", 6, "--dropout", 0.2]
     assert run(tmp_path, *options, "--out", "whole.pt").code == 0
     batch = data.Dataset.batch
@@ -298,6 +299,7 @@ def test_resuming_gives_the_same_losses_as_not_stopping(run, tmp_path, stop_at):
     assert stopped.code == 143
     assert f"stopped at step {stop_at}; continue with: python train.py --resume --out halves.pt" in stopped.out
     assert torch.load(tmp_path / "halves.last.pt", weights_only=True)["step"] == stop_at
+    assert [figures["step"] for figures in evaluations(tmp_path / "halves.jsonl")] == list(range(0, stop_at, 2))
     resumed = run(tmp_path, "--resume", "--out", "halves.pt", small=False)
     assert resumed.code == 0, resumed.err
 

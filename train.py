@@ -190,6 +190,11 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     return figures, sums, counts
 
 
+def by_clip(sums, counts):
+    """What `evaluate` found out about each clip, for a log: for the difference of two models a bootstrap needs it."""
+    return {"clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.astype(int).tolist()}
+
+
 def counted(targets, depth_frames):
     """How many frames of targets (B, K, T) count for the coarse code, and how many for the finer ones: (2,)."""
     counts = targets[:, 0] != IGNORE
@@ -286,8 +291,7 @@ def main():
         figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
         print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name,
                           "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": args.window,
-                          **figures, "unigram_nll": unigram, "n_params": model.n_params(),
-                          "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.astype(int).tolist()}))
+                          **figures, "unigram_nll": unigram, "n_params": model.n_params(), **by_clip(sums, counts)}))
         return
 
     # --- model, optimiser
@@ -377,11 +381,11 @@ def main():
         if (step % 20 == 0 or due or stop) and not norm.isfinite():
             diverged("the loss or its gradient")
         if due and RANK == 0:                                 # `model`: `forward` would be compiled anew for eval mode
-            figures, *_ = evaluate(model, data, args.batch_size, autocast)
+            figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
             if not math.isfinite(figures["val_nll"]):
                 diverged("the validation loss")
             report({"step": step, **figures, "unigram_nll": unigram, "n_params": n_params,
-                    "tokens_seen": tokens_seen, "seconds": round(seconds, 1)})
+                    "tokens_seen": tokens_seen, "seconds": round(seconds, 1), **by_clip(sums, counts)})
             better = figures["val_nll"] < best
             finer = figures.get("val_nll_finer", [])
             print(f"step {step:5d}  val NLL {figures['val_nll']:.4f}  perplexity {figures['val_ppl']:.1f}  accuracy "

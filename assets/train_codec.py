@@ -102,6 +102,22 @@ def batch(train, rng, batch_size, n_samples):
     return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp(-1, 1)
 
 
+class Steps(torch.utils.data.Dataset):
+    """What each step trains on, which depends on its number alone, so that a run can be resumed: audio (B, N), the
+    numbers of codebooks (B,) it is decoded from, and whether it is the discriminator's turn."""
+
+    def __init__(self, train, steps, args):
+        self.train, self.steps, self.args = train, steps, args
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng((self.args.seed, self.steps[i]))
+        wave = batch(self.train, rng, self.args.batch_size, self.args.frames * HOP)
+        return wave, COUNTS[torch.from_numpy(rng.choice(4, len(wave), p=OFTEN))], bool(rng.random() < 2 / 3)
+
+
 @torch.no_grad()
 def initialise(model, wave):
     """Let the untrained model pass its input: wave (B, N) comes out as nearly itself.
@@ -215,12 +231,13 @@ def fit_codebooks(quantizer, latents, n, rounds=20):
 @torch.no_grad()
 def follow(book, index, x, decay=0.99):
     """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,)."""
-    share = CODEBOOK_SIZE / len(x)
-    book.cluster_size.lerp_(torch.bincount(index, minlength=CODEBOOK_SIZE) * share, 1 - decay)
-    book.embed_avg.lerp_(torch.zeros_like(book.embed).index_add_(0, index, x) * share, 1 - decay)
-    dead = (book.cluster_size < 0.03).nonzero()[:, 0]         # thirty times rarer than the average: start anew
-    book.cluster_size[dead] = 0.3
-    book.embed_avg[dead] = 0.3 * x[torch.randint(len(x), (len(dead),), device=x.device)]
+    assigned = F.one_hot(index, CODEBOOK_SIZE).type_as(x) * (CODEBOOK_SIZE / len(x))      # (n, 1024)
+    book.cluster_size.lerp_(assigned.sum(0), 1 - decay)
+    book.embed_avg.lerp_(assigned.T @ x, 1 - decay)
+    dead = book.cluster_size < 0.03                           # thirty times rarer than the average: start anew
+    book.cluster_size.masked_fill_(dead, 0.3)
+    others = 0.3 * x[torch.randint(len(x), (CODEBOOK_SIZE,), device=x.device)]
+    book.embed_avg.copy_(torch.where(dead[:, None], others, book.embed_avg))
     book.embed[:, :-ALOUD] = (book.embed_avg / book.cluster_size[:, None])[:, :-ALOUD]        # the last: see `aloud`
 
 
@@ -293,20 +310,29 @@ def words_loss(out, wave, coarse):
 
     That is what STOI measures (Taal et al., 2011), here in the lower 13 of 20 mel bands, up to 4.3 kHz as there: where
     there is little to correlate, above, the surest way to be like the original is a whistle. Words are made of it."""
-    if not coarse.any():
-        return 0 * out.sum()
-    bands = (mel_power(frame(w[coarse], 512, 256), 20)[..., :13] for w in (wave, out))
-    x, y = (b.add(1e-7).sqrt().unfold(1, 36, 3) for b in bands)                       # (b, segments, 13, 36)
+    bands = (mel_power(frame(w, 512, 256), 20)[..., :13] for w in (wave, out))
+    x, y = (b.add(1e-7).sqrt().unfold(1, 36, 3) for b in bands)                       # (B, segments, 13, 36)
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    return 1 - ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1) + 1e-4)).mean()
+    loss = 1 - (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1) + 1e-4)             # (B, segments, 13)
+    return (loss.mean((1, 2)) * coarse).sum() / coarse.sum().clamp(min=1)
 
 
+def bfloat16(function):
+    """Let a function compute in bfloat16 on a GPU. A CPU without instructions for it would take ten times as long."""
+    def wrapped(discriminator, out, wave):
+        with torch.autocast(out.device.type, torch.bfloat16, enabled=out.is_cuda):
+            return function(discriminator, out, wave)
+    return wrapped
+
+
+@bfloat16
 def discriminator_loss(discriminator, out, wave):
     """Hinge loss: above 1 for what is real, below -1 for what is decoded, at every scale."""
     real, fake = discriminator(wave[:, None])[0], discriminator(out[:, None])[0]
     return sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake)) / len(real)
 
 
+@bfloat16
 def adversarial_losses(discriminator, out, wave):
     """What the discriminator says of the decoded clips, and how far its features are from the original's."""
     with torch.no_grad():
@@ -361,11 +387,6 @@ def measure(model, held_out, envelope, phase, device):
 
 # ----------------------------------------------------------------------------- training
 
-def autocast(wave):
-    """bfloat16 on a GPU. Not on a CPU: one without instructions for it takes ten times as long."""
-    return torch.autocast(wave.device.type, torch.bfloat16, enabled=wave.is_cuda)
-
-
 def backward(model, before, wave, counts, phase, envelope, norms, discriminator=None):
     """One batch through the model: leaves gradients on its parameters.
 
@@ -373,9 +394,8 @@ def backward(model, before, wave, counts, phase, envelope, norms, discriminator=
     are one; phase as in the module's head; discriminator: None until it joins. Returns the losses by name and, from
     phase 2 on, the decoded wave (B, N)."""
     encoder_learns = phase != 3
-    bf16 = autocast(wave)                                     # the networks; codebook search and losses need float32
-    with bf16, torch.set_grad_enabled(encoder_learns):
-        latents = model.encoder(wave[:, None]).float()        # (B, C, T)
+    with torch.set_grad_enabled(encoder_learns):
+        latents = model.encoder(wave[:, None])                # (B, C, T)
     leaf = latents.detach().requires_grad_(encoder_learns)
     waveform, shape, _ = kinds(leaf, envelope.n)
     alone = lambda part: F.pad(part, (0, 0, waveform.shape[1], ALOUD))        # the envelope's, and zeros
@@ -389,21 +409,19 @@ def backward(model, before, wave, counts, phase, envelope, norms, discriminator=
     if phase > 2:
         heard, first = quantize(model.quantizer, leaf, counts, envelope.n, adapt=phase == 4)
     if phase == 4:                                            # only the envelope adapts, the waveform stays as it was
-        with bf16, torch.no_grad():
-            target = kinds(before(wave[:, None]).float(), envelope.n)[0]
+        with torch.no_grad():
+            target = kinds(before(wave[:, None]), envelope.n)[0]
         losses["waveform"] = (waveform - target).square().mean()
         losses["commitment"] = (shape - kinds(first, envelope.n)[1]).square().mean()      # be near a code
         # the gradient skips the quantiser: what the decoder asks of the code, the encoder hears as asked of its latents
         heard = heard + alone(shape - shape.detach())
     pulls = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
     if phase > 1:
-        with bf16:
-            out = model.decoder(heard)[:, 0].float()          # (B, N)
+        out = model.decoder(heard)[:, 0]                      # (B, N)
         at_output = {"mel": mel_loss(out, wave), "wave": wave_loss(out, wave, counts > 2),
                      "words": words_loss(out, wave, counts <= 2)}
         if discriminator:
-            with bf16:
-                at_output |= adversarial_losses(discriminator, out, wave)
+            at_output |= adversarial_losses(discriminator, out, wave)
         out.backward(balance({name: torch.autograd.grad(loss, out, retain_graph=True)[0]
                               for name, loss in at_output.items()}, norms))
         losses, out = losses | at_output, out.detach()
@@ -490,6 +508,9 @@ def main():
     state = {"step": 0, "phase": 1, "began": 0, "norms": {}, "options": options} | state
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
 
+    todo = Steps(train, range(state["step"], args.steps), args)
+    on_gpu = args.device.startswith("cuda")                   # it would wait for a batch longer than it computes on it
+    batches = iter(torch.utils.data.DataLoader(todo, batch_size=None, num_workers=8 if on_gpu else 0, pin_memory=on_gpu))
     next_save, next_report = time.time() + SAVE_EVERY, 0
     for step in range(state["step"], args.steps + 1):
         state["step"], phase = step, state["phase"]
@@ -504,27 +525,24 @@ def main():
         if done == 1:
             return export(average, config, args.out)
 
-        rng = np.random.default_rng((args.seed, step))        # a step depends on its number alone: runs can be resumed
         torch.manual_seed(args.seed + step)
         if done >= PHASES[phase - 1][0]:
             phase, state["phase"], state["began"] = phase + 1, phase + 1, step
             if phase == 3:                                    # all through it the encoder stands still, at its average
                 model.load_state_dict(average.state_dict())
                 before.load_state_dict(average.encoder.state_dict())
-                waves = [batch(train, rng, 2 * args.batch_size, 4 * SAMPLE_RATE).to(args.device) for _ in range(16)]
+                waves = batch(train, np.random.default_rng(args.seed), 256, 4 * SAMPLE_RATE).to(args.device).split(16)
                 with torch.no_grad():
                     latents = torch.cat([before(wave[:, None]).mT.flatten(0, 1) for wave in waves])
                 fit_codebooks(model.quantizer, latents, envelope.n)
 
-        wave = batch(train, rng, args.batch_size, args.frames * HOP).to(args.device)
-        counts = COUNTS[torch.from_numpy(rng.choice(4, args.batch_size, p=OFTEN))].to(args.device)
+        wave, counts, in_turn = next(batches)
+        wave, counts = wave.to(args.device), counts.to(args.device)
         optimizer.zero_grad(set_to_none=True)
         joined = discriminator if phase > 1 and done > args.adversarial else None
         losses, out = backward(model, before, wave, counts, phase, envelope, state["norms"], joined)
-        if joined and rng.random() < 2 / 3:                   # its turns are fewer: it learns faster than the codec
-            with autocast(wave):
-                verdict = discriminator_loss(discriminator, out, wave)
-            verdict.backward()
+        if joined and in_turn:                                # its turns are fewer: it learns faster than the codec
+            discriminator_loss(discriminator, out, wave).backward()
         (end, *rates), began = PHASES[phase - 1], state["began"]      # every phase warms up and cools down
         through = (step - began) / max(1, end * args.steps - began)
         for group, rate in zip(optimizer.param_groups, rates):        # encoder, decoder

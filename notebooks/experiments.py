@@ -16,7 +16,7 @@ gap       what is gained with the recording's mel, and what is left of it with t
           and `nano-gpt-all` predict all eight, as the presets do, and `nano-all` is trained on that mel, too. Hybrids
           are scored with the mel of the original, of eight codebooks and of one
 window    `nano` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our kind;
-          one seed, as all but gap, streams and short: exploratory
+          one seed, as all but gap, streams, short and paper: exploratory
 leak      `nano` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which shows
           what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
@@ -29,6 +29,8 @@ noise     `nano-all` and `nano` with noise on the mel they are trained on, as on
 context   the same three with more and fewer positions, as many targets a step: the longer, the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
 best      and with the largest width besides, just below 4 million parameters
+paper     the paper's models, 3.7 to 40 million parameters, and the hybrid trained on decoded mel; each of the four chooses
+          among three learning rates. For a GPU: `--only paper --device cuda --jobs 12`
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
@@ -48,6 +50,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -60,6 +63,8 @@ NANO, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nan
 HEARD = [*NANO, "--mel-codebooks", "8"]
 TRIO = {"nano": NANO, "nano-heard": HEARD, "nano-gpt": GPT}   # trained on recordings, on decoded audio, without a mel
 SHORT = ["--context", "32", "--batch-size", "128"]
+PAPER = ["--n-codebooks", "1", "--context", "256", "--batch-size", "32", "--steps", "400", "--eval-every", "50",
+         "--dtype", "bfloat16"]
 NANO_ALL, GPT_ALL = NANO[:2], GPT[:2]                         # all eight codes, as the presets do
 EXPERIMENTS = {                                               # question: {model: options of train.py}
     "gap": {**TRIO, "nano-all": NANO_ALL, "nano-gpt-all": GPT_ALL},
@@ -83,20 +88,25 @@ EXPERIMENTS = {                                               # question: {model
                 for n in (32, 64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32": [*options, *SHORT] for name, options in TRIO.items()},
     "best": {f"{name}-width256-context32": [*options, *SHORT, "--set", "n_embd=256", "n_head=8", "n_inner=1024"]
-             for name, options in TRIO.items()}}
+             for name, options in TRIO.items()},
+    "paper": {**{name: ["--model", name, *PAPER] for name in ("gpt-s", "gpt-m", "hybrid", "gpt-l")},
+              "hybrid-heard": ["--model", "hybrid", *PAPER, "--mel-codebooks", "8"]}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-TWINS = {}                                                    # what a gain is measured against: a model of tokens only
-for model, options in MODELS.items():                         # that is otherwise the same, or predicts as many codes
-    if not model.startswith("nano-gpt"):
+TWINS = {"hybrid": ["gpt-m", "gpt-s", "gpt-l"], "hybrid-heard": ["gpt-m", "gpt-s", "gpt-l"]}
+for model, options in MODELS.items():                         # what a gain is measured against: a model of tokens only
+    if options[1] == "nano":                                  # that is otherwise the same, or predicts as many codes
         twin = model.replace("-heard", "").replace("nano", "nano-gpt", 1)
-        TWINS[model] = twin if twin in MODELS else "nano-gpt" if "--n-codebooks" in options else "nano-gpt-all"
+        TWINS[model] = [twin if twin in MODELS else "nano-gpt" if "--n-codebooks" in options else "nano-gpt-all"]
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
+PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 HOW = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def machine(threads=1):
-    """The processor, and how much of it a run gets, in words."""
+def machine(threads=1, device="cpu"):
+    """The processor, and how much of it a run gets, in words; or the GPU."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
@@ -120,14 +130,16 @@ def write(path, content):
     write_whole(path, (re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n").encode())
 
 
-def run(dataset, model, lr, seed):
+def run(dataset, model, lr, seed, device="cpu"):
     """Train once, unless that is done; return the result: the best evaluation and what it was made with."""
     name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
     result = RESULTS / f"{name}.json"
     if not read(result):
         out = RUNS / f"{name}.pt"
         place = dataset if dataset == label(dataset) else str(Path(dataset).resolve())
-        options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", "cpu"]
+        options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", device]
+        if device != "cpu":                                   # to compile takes longer than these runs
+            options += ["--no-compile", *([] if "--dtype" in options else ["--dtype", "float32"])]
         again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
         legs = out.with_suffix(".commits")                    # a run that was interrupted may owe itself to several
         git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -141,31 +153,32 @@ def run(dataset, model, lr, seed):
             raise RuntimeError(f"run {name} failed: {last.removeprefix('error: ')} (all of it: {text.name})")
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         evaluations = [entry for entry in log if "val_nll" in entry]
+        best = min(evaluations, key=lambda e: e["val_nll"])
+        scores = {"val_nll": best["val_nll"], "clip_nll": best.pop("clip_nll"), "clip_targets": best.pop("clip_targets")}
         command = "python train.py " + " ".join(options).replace(place, dataset)
         content = {"command": command, "dataset": label(dataset), "model": model,
                    "lr": lr, "seed": seed, "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
-                   "best": min(evaluations, key=lambda e: e["val_nll"]), "seconds": evaluations[-1]["seconds"],
+                   "best": best, "seconds": evaluations[-1]["seconds"],
                    "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],
-                   "machine": machine(), "torch": log[0]["torch"], "commit": legs.read_text()}
+                   "machine": machine(device=device), "dtype": log[0]["dtype"], "torch": log[0]["torch"],
+                   "commit": legs.read_text(), "scores": {trained_on(model): scores}}
         write(result, content)
         out.with_suffix(".last.pt").unlink()                  # nothing is left to continue
     return json.loads(result.read_text())
 
 
-def score(dataset, model, lr, seed):
-    """Add to a run's result what its best checkpoint scores clip by clip: with the kind of mel it was trained on and,
-    if the question is the gap, with others."""
+def score(dataset, model, lr, seed, device="cpu"):
+    """Add to the result of a hybrid of `gap` what it scores, clip by clip, with other mels than it was trained on."""
     name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
     result, out = RESULTS / f"{name}.json", RUNS / f"{name}.pt"
     content = json.loads(result.read_text())
-    if "scores" not in content and out.exists():
-        scores, own = {}, trained_on(model)                   # by codebooks whose mel is shown, 0: the original
-        for shown in ("0", "8", "1") if model in EXPERIMENTS["gap"].keys() & TWINS.keys() else (own,):
-            done = subprocess.run([*TRAIN, "--eval", str(out), "--mel-codebooks", shown, "--device", "cpu"],
-                                  stdout=subprocess.PIPE, check=True, **HOW)
+    if model in EXPERIMENTS["gap"].keys() & TWINS.keys() and out.exists():
+        for shown in {"0", "8", "1"} - content["scores"].keys():          # codebooks whose mel is shown, 0: the original
+            done = subprocess.run([*TRAIN, "--eval", str(out), "--mel-codebooks", shown, "--device", device,
+                                   "--dtype", "float32"], stdout=subprocess.PIPE, check=True, **HOW)
             figures = json.loads(done.stdout)
-            scores[shown] = {key: figures[key] for key in ("val_nll", "clip_nll", "clip_targets")}
-        write(result, {**content, "scores": scores})
+            content["scores"][shown] = {key: figures[key] for key in ("val_nll", "clip_nll", "clip_targets")}
+        write(result, content)
 
 
 def trained_on(model):
@@ -202,7 +215,7 @@ def table(datasets):
             models.append(f"| {dataset} | `{model}` | {found[0]['best']['n_params']:,} | {found[0]['lr']} | "
                           f"{' '.join(f'{n:.3f}' for n in nll)} | {mean('val_nll'):.3f}{spread} | "
                           f"{mean('val_ppl'):.1f} | {100 * mean('val_acc'):.1f} % | {mean('unigram_nll'):.3f} |")
-        for model, twin in TWINS.items():
+        for model, twin in ((model, twin) for model, twins in TWINS.items() for twin in twins):
             for shown, name in (("0", "the original"), ("8", "8 codebooks"), ("4", "4 codebooks"),
                                 ("2", "2 codebooks"), ("1", "1 codebook")):
                 if found := gain(runs.get(model, []), runs.get(twin, []), shown):
@@ -238,8 +251,9 @@ def main():
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap, streams and short (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap, streams, short and paper (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument("--device", default="cpu", help="cpu, one thread a run, or cuda (default: cpu)")
     parser.add_argument("--table", action="store_true", help="print the table of the results that exist")
     args = parser.parse_args()
     if args.seeds < 1 or args.jobs < 1:
@@ -248,21 +262,23 @@ def main():
         for folder in (RESULTS, RUNS):
             folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            searched = ["nano", "nano-gpt"] + ["nano-codes8"] * ("streams" in args.only)          # reads something else
-            search = [(m, lr) for lr in LEARNING_RATES for m in searched]
-            found = list(pool.map(lambda r: run(args.datasets[0], *r, 0), search))
+            search = [(m, lr) for lr in PAPER_RATES for m in ("gpt-s", "gpt-m", "hybrid", "gpt-l") if "paper" in args.only]
+            searched = ["nano", "nano-gpt"] * (args.only != ["paper"])
+            searched += ["nano-codes8"] * ("streams" in args.only)                        # reads something else
+            search += [(m, lr) for lr in LEARNING_RATES for m in searched]
+            found = list(pool.map(lambda r: run(args.datasets[0], *r, 0, args.device), search))
             nll = {r: result["best"]["val_nll"] for r, result in zip(search, found)}
-            best = {model: min(LEARNING_RATES, key=lambda lr: nll[model, lr]) for model, _ in search}
+            best = {model: min((lr for m, lr in search if m == model), key=lambda lr: nll[model, lr])
+                    for model, _ in search}
             runs = []
             for question in args.only:
-                seeds = range(args.seeds if question in ("gap", "streams", "short") else 1)
+                seeds = range(args.seeds if question in ("gap", "streams", "short", "paper") else 1)
                 for model, options in EXPERIMENTS[question].items():
                     lr, width = best.get(model, best[options[1]]), re.search(r"width(\d+)", model)
                     if width:
                         lr = f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}"
-                    runs += [(d, model, lr, seed) for seed in seeds for d in args.datasets]
-            list(pool.map(lambda r: run(*r), runs))
-            list(pool.map(lambda r: score(*r), runs))
+                    runs += [(d, model, lr, seed, args.device) for seed in seeds for d in args.datasets]
+            list(pool.map(lambda r: (run(*r), score(*r)), runs))
     print(table(args.datasets))
 
 

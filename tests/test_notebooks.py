@@ -84,8 +84,8 @@ def test_a_model_is_compared_with_one_that_predicts_as_many_codes_from_as_long_a
     def matters(model):
         words = experiments.MODELS[model]
         return {a: b for a, b in zip(words, words[1:]) if a in ("--n-codebooks", "--context", "--batch-size")}
-    for model, twin in experiments.TWINS.items():
-        assert matters(model) == matters(twin) and model != twin
+    for model, twins in experiments.TWINS.items():
+        assert all(matters(model) == matters(twin) and model != twin for twin in twins)
 
 
 @pytest.mark.parametrize("interrupted, commits", [(False, "b"), (True, "b a")])
@@ -93,7 +93,8 @@ def test_a_result_names_every_commit_that_its_run_was_made_with(tmp_path, monkey
     name = f"speech-nano-lr{experiments.LEARNING_RATES[0]}-seed0"
     (tmp_path / f"{name}.commits").write_text("a")
     (tmp_path / f"{name}.jsonl").write_text(
-        '{"codec": "mini", "codec_checksum": "0", "torch": "2"}\n{"step": 0, "val_nll": 7.0, "seconds": 1.0}')
+        '{"codec": "mini", "codec_checksum": "0", "torch": "2", "dtype": "float32"}\n'
+        '{"step": 0, "val_nll": 7.0, "seconds": 1.0, "clip_nll": [7.0], "clip_targets": [9]}')
     if interrupted:
         (tmp_path / f"{name}.last.pt").touch()
     ran = []

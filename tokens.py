@@ -41,6 +41,7 @@ SAMPLE_RATE = 24_000
 HOP = 320                            # samples per code; 75 codes a second
 CODEBOOK_SIZE = 1024
 PIECE = 10 * SAMPLE_RATE             # long audio goes through the networks in pieces of this many samples
+torch.backends.cudnn.allow_tf32 = False        # a GPU's codes should be a CPU's: no convolutions with 10-bit factors
 SILENCE = 8                          # frames of silence before a clip for a codec that pads by reflection
 
 MINI = Path(__file__).parent / "assets" / "mini.pt"

@@ -479,6 +479,7 @@ def main():
         sys.exit(f"error: {error}")
 
     torch.manual_seed(args.seed)
+    torch.backends.cudnn.allow_tf32 = True                    # which tokens.py switches off
     torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
     config = dict(n_filters=args.n_filters, dimension=args.dimension, lstm=args.lstm)
     model = build_mini(**config)

@@ -45,7 +45,7 @@ torch.backends.cudnn.allow_tf32 = False        # a GPU's codes should be a CPU's
 SILENCE = 8                          # frames of silence before a clip for a codec that pads by reflection
 
 MINI = Path(__file__).parent / "assets" / "mini.pt"
-MINI_SHA256 = "6663800f20dd8deb453702551e52b9a751efb27cf585e12f9112e0a343c6be1c"
+MINI_SHA256 = "da13ab60fe19712f5ce7b639acb10fcca1455ee60c551ffdc19008beb0726169"
 ENCODEC_FILE = "encodec_24khz-d7cc33bc.th"
 
 

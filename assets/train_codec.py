@@ -2,7 +2,8 @@
 train_codec.py: trains `mini`, the codec that ships with the project.
 
     python assets/train_codec.py --data assets/speech assets/music FOLDER --steps 16000
-    python assets/train_codec.py --data ... --steps 16000 --resume       # after an interruption
+    python assets/train_codec.py --data ... --steps 7500 --batch-size 64 --frames 60        # on a GPU
+    python assets/train_codec.py --data ... --resume                     # after an interruption, options given again
     (to ship it: move out-codec.pt to assets/mini.pt, and the printed SHA-256 into tokens.py, MINI_SHA256)
 
 An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Trained all at
@@ -19,8 +20,9 @@ once, from random weights, it ends up using one codebook, and that says little; 
 
 The losses are EnCodec's (arXiv 2210.13438, section 3.4), and one for intelligibility, see `words_loss`; a balancer
 gives each its share of the gradient. With --adversarial P EnCodec's multi-scale STFT discriminator listens too, once
-the fraction P of the steps is done. 16,000 steps without it take two to three hours on two CPU cores. Clips that
-train.py would validate on (`data.split_clips`) are held out, and measured every quarter of an hour.
+the fraction P of the steps is done. Without it the first command takes two to three hours on two CPU cores, the second,
+which made the codec that ships, four minutes on an H100. Clips that train.py would validate on (`data.split_clips`) are
+held out, and measured every quarter of an hour.
 """
 import argparse
 import copy

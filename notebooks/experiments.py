@@ -94,7 +94,7 @@ EXPERIMENTS = {                                               # question: {model
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
 TWINS = {"hybrid": ["gpt-m", "gpt-s", "gpt-l"], "hybrid-heard": ["gpt-m", "gpt-s", "gpt-l"]}
 for model, options in MODELS.items():                         # what a gain is measured against: a model of tokens only
-    if options[1] == "nano":                                  # that is otherwise the same, or predicts as many codes
+    if not model.startswith(("nano-gpt", "gpt", "hybrid")):   # that is otherwise the same, or predicts as many codes
         twin = model.replace("-heard", "").replace("nano", "nano-gpt", 1)
         TWINS[model] = [twin if twin in MODELS else "nano-gpt" if "--n-codebooks" in options else "nano-gpt-all"]
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")

@@ -423,7 +423,7 @@ class Dataset:
         return DataError(f"the cache {self.home} is damaged ({how}): delete that folder, and it will be made anew")
 
     def batch(self, seed, step, batch_size, context):
-        """A training batch, a pure function of its arguments: codes (B, K, T), mel (B, T, 80), targets (B, K, T).
+        """A training batch, a pure function of its arguments: codes (B, K, T), mel (B, T, 80) float16, targets (B, K, T).
 
         Each row is centred on a frame drawn uniformly from the training split, then moved to lie inside its clip,
         so that the first frames of a clip, where sampling starts, come up often.
@@ -459,21 +459,21 @@ class Dataset:
         clip's first frame it is shown START.
         """
         B, all_codes, all_mel = len(crops), self.codes, self.mel
-        codes = torch.zeros(B, all_codes.shape[1], context, dtype=torch.long)
-        mel = torch.zeros(B, context, all_mel.shape[1])
-        targets = torch.full((B, all_codes.shape[1], context), IGNORE)
+        codes = np.zeros((B, all_codes.shape[1], context), np.int64)
+        mel = np.zeros((B, context, all_mel.shape[1]), np.float16)
+        targets = np.full((B, all_codes.shape[1], context), IGNORE)
         for row, (start, end, offset, score_from) in enumerate(crops):
             first, n = start + offset, min(context, end - start - offset)
             at_start = int(offset == 0)                       # the clip's first input is START, not a frame
             shown = slice(first - 1 + at_start, first - 1 + n)
             codes[row, 0, 0] = START
-            codes[row, :, at_start:n] = torch.from_numpy(all_codes[shown].T.astype(np.int64))
-            mel[row, at_start:n] = torch.from_numpy(all_mel[shown].astype(np.float32))
-            targets[row, :, :n] = torch.from_numpy(all_codes[first:first + n].T.astype(np.int64))
+            codes[row, :, at_start:n] = all_codes[shown].T
+            mel[row, at_start:n] = all_mel[shown]
+            targets[row, :, :n] = all_codes[first:first + n].T
             targets[row, :, :score_from] = IGNORE
         if targets.max() >= CODEBOOK_SIZE:
             raise self.damaged("codes that do not exist")
-        return codes, mel, targets
+        return torch.from_numpy(codes), torch.from_numpy(mel), torch.from_numpy(targets)
 
     def unigram_nll(self):
         """Cross-entropy (nats) of the validation targets under add-one counts of the training targets."""

@@ -423,7 +423,7 @@ class Dataset:
         return DataError(f"the cache {self.home} is damaged ({how}): delete that folder, and it will be made anew")
 
     def batch(self, seed, step, batch_size, context):
-        """A training batch, a pure function of its arguments: codes (B, K, T), mel (B, T, 80) float16, targets (B, K, T).
+        """A training batch, a pure function of its arguments: codes and targets (B, K, T), mel (B, T, 80) float16.
 
         Each row is centred on a frame drawn uniformly from the training split, then moved to lie inside its clip,
         so that the first frames of a clip, where sampling starts, come up often.

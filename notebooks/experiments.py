@@ -28,7 +28,6 @@ steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
 context   the same three with more and fewer positions, as many targets a step: the longer, the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
-best      and with the largest width besides, just below 4 million parameters
 paper     the paper's models, 3.7 to 40 million parameters, and the hybrid trained on decoded mel; each of the four chooses
           among three learning rates. For a GPU: `--only paper --device cuda --jobs 12`
 
@@ -80,15 +79,13 @@ EXPERIMENTS = {                                               # question: {model
                 for n, inner in ((0, 584), (2, 440), (4, 296))},
              "nano-heard-blocks4": [*HEARD, "--set", "n_mel_layer=4", "n_inner=296"]},
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
-             for n in (64, 192, 256) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
+             for n in (64, 192) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
     "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
     "noise": {"nano-all-noise": [*NANO_ALL, "--mel-codebooks", "8", "--set", "mel_noise=0.5"],
               "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (32, 64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32": [*options, *SHORT] for name, options in TRIO.items()},
-    "best": {f"{name}-width256-context32": [*options, *SHORT, "--set", "n_embd=256", "n_head=8", "n_inner=1024"]
-             for name, options in TRIO.items()},
     "paper": {**{name: ["--model", name, *PAPER] for name in ("gpt-s", "gpt-m", "hybrid", "gpt-l")},
               "hybrid-heard": ["--model", "hybrid", *PAPER, "--mel-codebooks", "8"]}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}

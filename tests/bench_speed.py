@@ -9,7 +9,7 @@ What does it cost? Each pair takes turns, and a ratio is the median over the tur
                   `gpt-s`: batch x 512, forward + backward + AdamW
     spectrogram   `log_mel` of one minute against torch.stft and a matrix product, and against librosa if it is installed
     preparation   seconds of audio a second: encoding by a codec of EnCodec's shape; reading, codec `mini` and mel of the
-                  bundled music, on all cores or the GPU
+                  bundled music, on all cores or the GPU; and what is prepared, made into batches
 
 With a GPU, tokens a second and the share of its peak that the model's arithmetic uses (6 operations a parameter and
 token, 12 a layer, channel and position seen for attention, as nanoGPT counts; --peak is that of an H100 or H200, bf16).
@@ -151,7 +151,12 @@ def bench_preparation(args):
         data = prepare("music", load_codec("mini", args.device), cache=Path(cache), quiet=True)
         seconds = len(data.codes) / FRAME_RATE
         rate = seconds / (time.perf_counter() - start)
+        start = time.perf_counter()
+        for step in range(20):
+            data.batch(0, step, 64, 512)
+        batches = 20 * 64 * 512 / (time.perf_counter() - start)
     print(f"preparation:            {rate:6.1f} x real time (codec mini, {seconds / 60:.0f} minutes)")
+    print(f"batches of 64 x 512:    {batches:,.0f} positions/s, gathered by one core")
 
 
 def main():

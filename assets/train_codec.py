@@ -513,7 +513,7 @@ def main():
 
     todo = Steps(train, range(state["step"], args.steps), args)
     on_gpu = args.device.startswith("cuda")                   # it would wait for a batch longer than it computes on it
-    batches = iter(torch.utils.data.DataLoader(todo, batch_size=None, num_workers=8 if on_gpu else 0, pin_memory=on_gpu))
+    batches = iter(torch.utils.data.DataLoader(todo, batch_size=None, num_workers=8 * on_gpu, pin_memory=on_gpu))
     next_save, next_report = time.time() + SAVE_EVERY, 0
     for step in range(state["step"], args.steps + 1):
         state["step"], phase = step, state["phase"]

@@ -28,8 +28,8 @@ steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
 context   the same three with more and fewer positions, as many targets a step: the longer, the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
-paper     the paper's models, 3.7 to 40 million parameters, and the hybrid trained on decoded mel; each of the four chooses
-          among three learning rates. For a GPU: `--only paper --device cuda --jobs 12`
+paper     the paper's models, 3.7 to 40 million parameters, and the hybrid trained on decoded mel; each of the four
+          chooses among three learning rates. For a GPU: `--only paper --device cuda --jobs 12`
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
@@ -151,7 +151,7 @@ def run(dataset, model, lr, seed, device="cpu"):
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         evaluations = [entry for entry in log if "val_nll" in entry]
         best = min(evaluations, key=lambda e: e["val_nll"])
-        scores = {"val_nll": best["val_nll"], "clip_nll": best.pop("clip_nll"), "clip_targets": best.pop("clip_targets")}
+        scores = {"val_nll": best["val_nll"], **{key: best.pop(key) for key in ("clip_nll", "clip_targets")}}
         command = "python train.py " + " ".join(options).replace(place, dataset)
         content = {"command": command, "dataset": label(dataset), "model": model,
                    "lr": lr, "seed": seed, "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
@@ -170,7 +170,7 @@ def score(dataset, model, lr, seed, device="cpu"):
     result, out = RESULTS / f"{name}.json", RUNS / f"{name}.pt"
     content = json.loads(result.read_text())
     if model in EXPERIMENTS["gap"].keys() & TWINS.keys() and out.exists():
-        for shown in {"0", "8", "1"} - content["scores"].keys():          # codebooks whose mel is shown, 0: the original
+        for shown in sorted({"0", "1", "8"} - content["scores"].keys()):       # the mel of so many codebooks, 0: the original's
             done = subprocess.run([*TRAIN, "--eval", str(out), "--mel-codebooks", shown, "--device", device,
                                    "--dtype", "float32"], stdout=subprocess.PIPE, check=True, **HOW)
             figures = json.loads(done.stdout)
@@ -259,7 +259,8 @@ def main():
         for folder in (RESULTS, RUNS):
             folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            search = [(m, lr) for lr in PAPER_RATES for m in ("gpt-s", "gpt-m", "hybrid", "gpt-l") if "paper" in args.only]
+            paper = ["gpt-s", "gpt-m", "hybrid", "gpt-l"] * ("paper" in args.only)
+            search = [(m, lr) for lr in PAPER_RATES for m in paper]
             searched = ["nano", "nano-gpt"] * (args.only != ["paper"])
             searched += ["nano-codes8"] * ("streams" in args.only)                        # reads something else
             search += [(m, lr) for lr in LEARNING_RATES for m in searched]

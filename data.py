@@ -313,7 +313,7 @@ def _encode(home, folder, files, codec, made_with, title, quiet):
     n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not on_cpu or sum(seconds.values()) < LONG:
         n_workers = 0                                         # in this process
-    side_by_side = max(1, min(8, len(todo) // max(1, n_workers))) if on_cpu else 16                 # some 2 GB
+    side_by_side = max(1, min(8, len(todo) // max(1, n_workers))) if on_cpu else 16       # a GPU needs some 2 GB for it
     n_long = sum(seconds[i] > LONG for i in todo) if on_cpu else 0
     batches = [[i] for i in todo[:n_long]]
     batches += [todo[i:i + side_by_side] for i in range(n_long, len(todo), side_by_side)]
@@ -461,7 +461,7 @@ class Dataset:
         B, all_codes, all_mel = len(crops), self.codes, self.mel
         codes = np.zeros((B, all_codes.shape[1], context), np.int64)
         mel = np.zeros((B, context, all_mel.shape[1]), np.float16)
-        targets = np.full((B, all_codes.shape[1], context), IGNORE)
+        targets = np.full((B, all_codes.shape[1], context), IGNORE, np.int64)
         for row, (start, end, offset, score_from) in enumerate(crops):
             first, n = start + offset, min(context, end - start - offset)
             at_start = int(offset == 0)                       # the clip's first input is START, not a frame

@@ -41,12 +41,14 @@ SAMPLE_RATE = 24_000
 HOP = 320                            # samples per code; 75 codes a second
 CODEBOOK_SIZE = 1024
 PIECE = 10 * SAMPLE_RATE             # long audio goes through the networks in pieces of this many samples
-torch.backends.cudnn.allow_tf32 = False        # a GPU's codes should be a CPU's: no convolutions with 10-bit factors
 SILENCE = 8                          # frames of silence before a clip for a codec that pads by reflection
 
 MINI = Path(__file__).parent / "assets" / "mini.pt"
 MINI_SHA256 = "da13ab60fe19712f5ce7b639acb10fcca1455ee60c551ffdc19008beb0726169"
 ENCODEC_FILE = "encodec_24khz-d7cc33bc.th"
+
+# a GPU's codes should be a CPU's: no factors of 10 bits (TF32) in convolutions and LSTM
+torch.backends.cudnn.allow_tf32 = False
 
 
 class CodecError(RuntimeError):

@@ -10,7 +10,7 @@ train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
                                                             mel_noise the same losses
 
 Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
-that was printed. An evaluation is the whole validation split in fixed order, so two of them can be compared.
+that was printed, and each clip's NLL. An evaluation is the whole validation split in fixed order, so two of them can be compared.
 """
 import argparse
 import contextlib
@@ -191,7 +191,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
 
 
 def by_clip(sums, counts):
-    """What `evaluate` found out about each clip, for a log: for the difference of two models a bootstrap needs it."""
+    """Each clip's mean NLL and number of targets, from what `evaluate` returns: a bootstrap needs them."""
     return {"clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.astype(int).tolist()}
 
 

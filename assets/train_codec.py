@@ -108,14 +108,11 @@ class Steps(torch.utils.data.Dataset):
     """What each step trains on, which depends on its number alone, so that a run can be resumed: audio (B, N), the
     numbers of codebooks (B,) it is decoded from, and whether it is the discriminator's turn."""
 
-    def __init__(self, train, steps, args):
-        self.train, self.steps, self.args = train, steps, args
+    def __init__(self, train, args):
+        self.train, self.args = train, args
 
-    def __len__(self):
-        return len(self.steps)
-
-    def __getitem__(self, i):
-        rng = np.random.default_rng((self.args.seed, self.steps[i]))
+    def __getitem__(self, step):
+        rng = np.random.default_rng((self.args.seed, step))
         wave = batch(self.train, rng, self.args.batch_size, self.args.frames * HOP)
         return wave, COUNTS[torch.from_numpy(rng.choice(4, len(wave), p=OFTEN))], bool(rng.random() < 2 / 3)
 
@@ -201,7 +198,7 @@ def aloud(counts):
 
     All words of codebooks 1, 2, 3 and 5 raise one of these latents: what the decoder should make of a rough waveform
     depends on how many there are; of one codebook's, little. No choice of a word changes."""
-    return (counts[:, None] > torch.tensor([0, 1, 2, 4], device=counts.device)) / 4
+    return torch.stack([counts > n for n in (0, 1, 2, 4)], dim=1) / 4
 
 
 def count_aloud(latents, counts):
@@ -233,6 +230,7 @@ def fit_codebooks(quantizer, latents, n, rounds=20):
 @torch.no_grad()
 def follow(book, index, x, decay=0.99):
     """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,)."""
+    # as a matrix, and with a spare vector for every code: to count codes or list dead ones, a CPU would wait for its GPU
     assigned = F.one_hot(index, CODEBOOK_SIZE).type_as(x) * (CODEBOOK_SIZE / len(x))      # (n, 1024)
     book.cluster_size.lerp_(assigned.sum(0), 1 - decay)
     book.embed_avg.lerp_(assigned.T @ x, 1 - decay)
@@ -319,12 +317,8 @@ def words_loss(out, wave, coarse):
     return (loss.mean((1, 2)) * coarse).sum() / coarse.sum().clamp(min=1)
 
 
-def bfloat16(function):
-    """Let a function compute in bfloat16 on a GPU. A CPU without instructions for it would take ten times as long."""
-    def wrapped(discriminator, out, wave):
-        with torch.autocast(out.device.type, torch.bfloat16, enabled=out.is_cuda):
-            return function(discriminator, out, wave)
-    return wrapped
+# a decorator, for a GPU only: a CPU without instructions for bfloat16 would take ten times as long
+bfloat16 = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
 
 
 @bfloat16
@@ -511,9 +505,9 @@ def main():
     state = {"step": 0, "phase": 1, "began": 0, "norms": {}, "options": options} | state
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
 
-    todo = Steps(train, range(state["step"], args.steps), args)
-    on_gpu = args.device.startswith("cuda")                   # it would wait for a batch longer than it computes on it
-    batches = iter(torch.utils.data.DataLoader(todo, batch_size=None, num_workers=8 * on_gpu, pin_memory=on_gpu))
+    on_gpu = args.device.startswith("cuda")                   # one process could not make batches as fast as a GPU
+    batches = iter(torch.utils.data.DataLoader(Steps(train, args), batch_size=None, pin_memory=on_gpu,
+                                               sampler=range(state["step"], args.steps), num_workers=8 * on_gpu))
     next_save, next_report = time.time() + SAVE_EVERY, 0
     for step in range(state["step"], args.steps + 1):
         state["step"], phase = step, state["phase"]
@@ -534,13 +528,13 @@ def main():
             if phase == 3:                                    # all through it the encoder stands still, at its average
                 model.load_state_dict(average.state_dict())
                 before.load_state_dict(average.encoder.state_dict())
-                waves = batch(train, np.random.default_rng(args.seed), 256, 4 * SAMPLE_RATE).to(args.device).split(16)
+                some = batch(train, np.random.default_rng(args.seed), min(256, 32 * args.batch_size), 4 * SAMPLE_RATE)
                 with torch.no_grad():
-                    latents = torch.cat([before(wave[:, None]).mT.flatten(0, 1) for wave in waves])
+                    latents = torch.cat([before(wave[:, None]).mT.flatten(0, 1) for wave in some.to(args.device).split(16)])
                 fit_codebooks(model.quantizer, latents, envelope.n)
 
         wave, counts, in_turn = next(batches)
-        wave, counts = wave.to(args.device), counts.to(args.device)
+        wave, counts = (x.to(args.device, non_blocking=on_gpu) for x in (wave, counts))       # pinned: nothing waits
         optimizer.zero_grad(set_to_none=True)
         joined = discriminator if phase > 1 and done > args.adversarial else None
         losses, out = backward(model, before, wave, counts, phase, envelope, state["norms"], joined)

@@ -9,7 +9,7 @@ results/.
 The question needs a fair comparison: `nano` (tokens and mel) and `nano-gpt` (tokens only) have the same size, batches,
 steps, dropout and schedule, and predict the coarse code; each may choose its learning rate from the same four, by
 validation NLL on the first dataset with seed 0, and keeps it for the other datasets, seeds and questions. The others
-have that of their kind, but for the model of `streams` that reads eight codes: it chooses its own.
+have that of their kind, but for the four of `paper` and the one of `streams` that reads eight codes: these choose, too.
 
 gap       what is gained with the recording's mel, and what is left of it with the mel that sampling shows: `nano`,
           `nano-gpt`, and `nano-heard`, which is `nano` trained on the mel of what eight codebooks decode to. `nano-all`
@@ -28,8 +28,8 @@ steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
 context   the same three with more and fewer positions, as many targets a step: the longer, the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
-paper     the paper's models, 3.7 to 40 million parameters, and the hybrid trained on decoded mel; each of the four
-          chooses among three learning rates. For a GPU: `--only paper --device cuda --jobs 12`
+paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
+          rates, and `hybrid-heard`, with that of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
@@ -62,6 +62,7 @@ NANO, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nan
 HEARD = [*NANO, "--mel-codebooks", "8"]
 TRIO = {"nano": NANO, "nano-heard": HEARD, "nano-gpt": GPT}   # trained on recordings, on decoded audio, without a mel
 SHORT = ["--context", "32", "--batch-size", "128"]
+SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")
 PAPER = ["--n-codebooks", "1", "--context", "256", "--batch-size", "32", "--steps", "400", "--eval-every", "50",
          "--dtype", "bfloat16"]
 NANO_ALL, GPT_ALL = NANO[:2], GPT[:2]                         # all eight codes, as the presets do
@@ -86,12 +87,13 @@ EXPERIMENTS = {                                               # question: {model
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (32, 64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32": [*options, *SHORT] for name, options in TRIO.items()},
-    "paper": {**{name: ["--model", name, *PAPER] for name in ("gpt-s", "gpt-m", "hybrid", "gpt-l")},
+    "paper": {**{name: ["--model", name, *PAPER] for name in SIZES},
               "hybrid-heard": ["--model", "hybrid", *PAPER, "--mel-codebooks", "8"]}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-TWINS = {"hybrid": ["gpt-m", "gpt-s", "gpt-l"], "hybrid-heard": ["gpt-m", "gpt-s", "gpt-l"]}
-for model, options in MODELS.items():                         # what a gain is measured against: a model of tokens only
-    if not model.startswith(("nano-gpt", "gpt", "hybrid")):   # that is otherwise the same, or predicts as many codes
+# what a gain is measured against: token-only models, otherwise the same, or that predict as many codes
+TWINS = {model: ["gpt-m", "gpt-s", "gpt-l"] for model in ("hybrid", "hybrid-heard")}
+for model, options in MODELS.items():
+    if "gpt" not in model and model not in TWINS:
         twin = model.replace("-heard", "").replace("nano", "nano-gpt", 1)
         TWINS[model] = [twin if twin in MODELS else "nano-gpt" if "--n-codebooks" in options else "nano-gpt-all"]
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
@@ -151,31 +153,33 @@ def run(dataset, model, lr, seed, device="cpu"):
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         evaluations = [entry for entry in log if "val_nll" in entry]
         best = min(evaluations, key=lambda e: e["val_nll"])
-        scores = {"val_nll": best["val_nll"], **{key: best.pop(key) for key in ("clip_nll", "clip_targets")}}
+        clips = {key: best.pop(key) for key in ("clip_nll", "clip_targets")}
         command = "python train.py " + " ".join(options).replace(place, dataset)
         content = {"command": command, "dataset": label(dataset), "model": model,
                    "lr": lr, "seed": seed, "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
                    "best": best, "seconds": evaluations[-1]["seconds"],
                    "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],
                    "machine": machine(device=device), "dtype": log[0]["dtype"], "torch": log[0]["torch"],
-                   "commit": legs.read_text(), "scores": {trained_on(model): scores}}
+                   "commit": legs.read_text(),
+                   "scores": {trained_on(model): {"val_nll": best["val_nll"], **clips}}}
         write(result, content)
         out.with_suffix(".last.pt").unlink()                  # nothing is left to continue
     return json.loads(result.read_text())
 
 
 def score(dataset, model, lr, seed, device="cpu"):
-    """Add to the result of a hybrid of `gap` what it scores, clip by clip, with other mels than it was trained on."""
+    """Add to the result of a hybrid of `gap` what it scores, clip by clip, with other mels than it was trained on: that
+    of the original ("0"), of 1 and of 8 codebooks."""
     name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
     result, out = RESULTS / f"{name}.json", RUNS / f"{name}.pt"
     content = json.loads(result.read_text())
     if model in EXPERIMENTS["gap"].keys() & TWINS.keys() and out.exists():
-        for shown in sorted({"0", "1", "8"} - content["scores"].keys()):       # the mel of so many codebooks, 0: the original's
+        for shown in sorted({"0", "1", "8"} - content["scores"].keys()):
             done = subprocess.run([*TRAIN, "--eval", str(out), "--mel-codebooks", shown, "--device", device,
                                    "--dtype", "float32"], stdout=subprocess.PIPE, check=True, **HOW)
             figures = json.loads(done.stdout)
             content["scores"][shown] = {key: figures[key] for key in ("val_nll", "clip_nll", "clip_targets")}
-        write(result, content)
+            write(result, content)
 
 
 def trained_on(model):
@@ -205,14 +209,14 @@ def table(datasets):
     for dataset in map(label, datasets):
         runs = {model: found for model in MODELS if (found := best_runs(dataset, model))}
         for model, found in runs.items():
-            made |= {(r["codec"], r["codec_checksum"], r["machine"], r["torch"]) for r in found}
+            made |= {(r["codec"], r["codec_checksum"], r["machine"], r["dtype"], r["torch"]) for r in found}
             nll = [r["best"]["val_nll"] for r in found]
             mean = lambda key: statistics.mean(r["best"][key] for r in found)
             spread = f" ± {statistics.stdev(nll):.3f}" if len(nll) > 1 else ""
             models.append(f"| {dataset} | `{model}` | {found[0]['best']['n_params']:,} | {found[0]['lr']} | "
                           f"{' '.join(f'{n:.3f}' for n in nll)} | {mean('val_nll'):.3f}{spread} | "
                           f"{mean('val_ppl'):.1f} | {100 * mean('val_acc'):.1f} % | {mean('unigram_nll'):.3f} |")
-        for model, twin in ((model, twin) for model, twins in TWINS.items() for twin in twins):
+        for model, twin in ((m, t) for m, twins in TWINS.items() for t in twins):
             for shown, name in (("0", "the original"), ("8", "8 codebooks"), ("4", "4 codebooks"),
                                 ("2", "2 codebooks"), ("1", "1 codebook")):
                 if found := gain(runs.get(model, []), runs.get(twin, []), shown):
@@ -220,8 +224,8 @@ def table(datasets):
                     seeds = " ".join(f"{g:+.3f}" for g in by_seed)
                     gains.append(f"| {dataset} | `{model}` | `{twin}` | {name} | {seeds} | {mean:+.3f} | "
                                  f"{low:+.3f} to {high:+.3f} |")
-    return "\n".join([*models, "", *gains, "", *(f"Codec {c} ({checksum}), {cpu}, torch {torch}."
-                                                for c, checksum, cpu, torch in sorted(made))])
+    return "\n".join([*models, "", *gains, "", *(f"Codec {c} ({checksum}), {where}, {dtype}, torch {torch}."
+                                                for c, checksum, where, dtype, torch in sorted(made))])
 
 
 def best_runs(dataset, model):
@@ -250,7 +254,7 @@ def main():
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
     parser.add_argument("--seeds", type=int, default=3, help="how many, of gap, streams, short and paper (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
-    parser.add_argument("--device", default="cpu", help="cpu, one thread a run, or cuda (default: cpu)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: one thread a run (default: cpu)")
     parser.add_argument("--table", action="store_true", help="print the table of the results that exist")
     args = parser.parse_args()
     if args.seeds < 1 or args.jobs < 1:
@@ -259,15 +263,13 @@ def main():
         for folder in (RESULTS, RUNS):
             folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            paper = ["gpt-s", "gpt-m", "hybrid", "gpt-l"] * ("paper" in args.only)
-            search = [(m, lr) for lr in PAPER_RATES for m in paper]
+            search = [(m, lr) for lr in PAPER_RATES for m in SIZES] * ("paper" in args.only)
             searched = ["nano", "nano-gpt"] * (args.only != ["paper"])
             searched += ["nano-codes8"] * ("streams" in args.only)                        # reads something else
             search += [(m, lr) for lr in LEARNING_RATES for m in searched]
             found = list(pool.map(lambda r: run(args.datasets[0], *r, 0, args.device), search))
             nll = {r: result["best"]["val_nll"] for r, result in zip(search, found)}
-            best = {model: min((lr for m, lr in search if m == model), key=lambda lr: nll[model, lr])
-                    for model, _ in search}
+            best = dict(sorted(search, key=nll.get, reverse=True))            # of each model the last, lowest, stays
             runs = []
             for question in args.only:
                 seeds = range(args.seeds if question in ("gap", "streams", "short", "paper") else 1)
@@ -276,7 +278,7 @@ def main():
                     if width:
                         lr = f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}"
                     runs += [(d, model, lr, seed, args.device) for seed in seeds for d in args.datasets]
-            list(pool.map(lambda r: (run(*r), score(*r)), runs))
+            list(pool.map(lambda r: (run(*r), score(*r)), dict.fromkeys(runs)))
     print(table(args.datasets))
 
 

@@ -1,6 +1,6 @@
 """
 python tests/bench_speed.py                      about three minutes on two cores; ratios, all from one run
-python tests/bench_speed.py --device cuda --compile --dtype bfloat16 --models hybrid gpt-l --batch-size 64
+python tests/bench_speed.py --device cuda --compile --dtype bfloat16 --models gpt-s hybrid gpt-l --batch-size 64
 
 What does it cost? Each pair takes turns, and a ratio is the median over the turns: a machine that slows down slows both.
 
@@ -9,7 +9,7 @@ What does it cost? Each pair takes turns, and a ratio is the median over the tur
                   `gpt-s`: batch x 512, forward + backward + AdamW
     spectrogram   `log_mel` of one minute against torch.stft and a matrix product, and against librosa if it is installed
     preparation   seconds of audio a second: encoding by a codec of EnCodec's shape; reading, codec `mini` and mel of the
-                  bundled music, on all cores or the GPU; and what is prepared, made into batches
+                  bundled music, on all cores or the GPU; and positions a second, gathered into batches
 
 With a GPU, tokens a second and the share of its peak that the model's arithmetic uses (6 operations a parameter and
 token, 12 a layer, channel and position seen for attention, as nanoGPT counts; --peak is that of an H100 or H200, bf16).
@@ -141,9 +141,9 @@ def bench_spectrogram(args):
 
 def bench_preparation(args):
     large = Codec(EncodecModel.encodec_model_24khz(pretrained=False), "encodec's shape", "random weights", args.device)
-    n_files = 16 if args.device == "cuda" else 8              # as many as `prepare` takes
+    n_files, turns = (16, 5) if args.device == "cuda" else (8, 1)             # as many files as `prepare` takes
     wave = 0.1 * torch.randn(n_files, 10 * SAMPLE_RATE)
-    times = take_turns({"encode": lambda: large.encode(wave)}, 1 + 4 * (args.device == "cuda"), args.device)
+    times = take_turns({"encode": lambda: large.encode(wave)}, turns, args.device)
     rate = wave.numel() / SAMPLE_RATE / times["encode"].median().item()
     print(f"EnCodec's 14.9 M shape: {rate:6.1f} x real time, encoding alone, {n_files} files side by side, one process")
     with tempfile.TemporaryDirectory() as cache:

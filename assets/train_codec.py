@@ -230,7 +230,7 @@ def fit_codebooks(quantizer, latents, n, rounds=20):
 @torch.no_grad()
 def follow(book, index, x, decay=0.99):
     """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,)."""
-    # as a matrix, and with a spare vector for every code: to count codes or list dead ones, a CPU would wait for its GPU
+    # as a matrix, and with a spare vector for every code: to count codes or list dead ones a CPU would wait for a GPU
     assigned = F.one_hot(index, CODEBOOK_SIZE).type_as(x) * (CODEBOOK_SIZE / len(x))      # (n, 1024)
     book.cluster_size.lerp_(assigned.sum(0), 1 - decay)
     book.embed_avg.lerp_(assigned.T @ x, 1 - decay)
@@ -529,8 +529,9 @@ def main():
                 model.load_state_dict(average.state_dict())
                 before.load_state_dict(average.encoder.state_dict())
                 some = batch(train, np.random.default_rng(args.seed), min(256, 32 * args.batch_size), 4 * SAMPLE_RATE)
+                waves = some[:, None].to(args.device).split(16)
                 with torch.no_grad():
-                    latents = torch.cat([before(wave[:, None]).mT.flatten(0, 1) for wave in some.to(args.device).split(16)])
+                    latents = torch.cat([before(wave).mT.flatten(0, 1) for wave in waves])
                 fit_codebooks(model.quantizer, latents, envelope.n)
 
         wave, counts, in_turn = next(batches)

@@ -313,7 +313,7 @@ def _encode(home, folder, files, codec, made_with, title, quiet):
     n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if not on_cpu or sum(seconds.values()) < LONG:
         n_workers = 0                                         # in this process
-    side_by_side = max(1, min(8, len(todo) // max(1, n_workers))) if on_cpu else 16       # a GPU needs some 2 GB for it
+    side_by_side = max(1, min(8, len(todo) // max(1, n_workers))) if on_cpu else 16       # bounds memory, as BLOCK does
     n_long = sum(seconds[i] > LONG for i in todo) if on_cpu else 0
     batches = [[i] for i in todo[:n_long]]
     batches += [todo[i:i + side_by_side] for i in range(n_long, len(todo), side_by_side)]

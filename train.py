@@ -10,7 +10,8 @@ train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
                                                             mel_noise the same losses
 
 Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
-that was printed, and each clip's NLL. An evaluation is the whole validation split in fixed order, so two of them can be compared.
+that was printed, and each clip's NLL. An evaluation is the whole validation split in fixed order, so two of them can be
+compared.
 """
 import argparse
 import contextlib

@@ -110,6 +110,24 @@ def test_a_result_names_every_commit_that_its_run_was_made_with(tmp_path, monkey
     assert ["--resume" in words for words in ran if "--out" in words] == [interrupted]
 
 
+def test_every_model_runs_at_the_learning_rate_that_was_best_for_its_kind(monkeypatch, tmp_path):
+    best, ran = {"gpt-s": "3e-3", "gpt-m": "6e-3", "hybrid": "1.5e-3", "gpt-l": "3e-3"}, []
+
+    def run(dataset, model, lr, seed, device):
+        ran.append((dataset, model, lr, seed))
+        return {"best": {"val_nll": 4.0 if lr == best.get(model) else 5.0 + float(lr)}}
+    monkeypatch.setattr(experiments, "run", run)
+    monkeypatch.setattr(experiments, "score", lambda *_: None)
+    for folder in ("RESULTS", "RUNS"):
+        monkeypatch.setattr(experiments, folder, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "speech", "music", "--only", "paper", "--seeds", "2"])
+    experiments.main()
+    searched, runs = ran[:12], ran[12:]
+    assert {(d, s) for d, _, _, s in searched} == {("speech", 0)} and len(set(searched)) == 12
+    assert sorted(runs) == sorted((d, m, best[m.removesuffix("-heard")], s) for d in ("speech", "music") for s in (0, 1)
+                                  for m in (*best, "hybrid-heard"))
+
+
 def test_an_experiments_list_stays_on_a_line(tmp_path):
     experiments.write(tmp_path / "a.json", {"a": 1, "clip_nll": [1.5, 2.25], "scores": {"0": {"clips": [3, 4]}}})
     assert '"clip_nll": [ 1.5, 2.25 ]' in (tmp_path / "a.json").read_text()

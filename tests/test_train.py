@@ -133,6 +133,7 @@ def test_a_run_writes_the_best_model_the_whole_state_and_a_log(trained):
         assert {"step", "val_nll", "val_ppl", "val_acc", "unigram_nll", "n_params", "tokens_seen",
                 "seconds"} <= set(entry)
         assert math.isclose(entry["val_ppl"], math.exp(entry["val_nll"])) and 0 <= entry["val_acc"] <= 1
+        assert np.average(entry["clip_nll"], weights=entry["clip_targets"]) == pytest.approx(entry["val_nll"], abs=1e-4)
     assert 6.7 < entries[0]["val_nll"] < 7.2                  # ln 1024 = 6.93: it knows nothing yet
     assert entries[-1]["val_nll"] < entries[0]["val_nll"] - 0.05
     assert entries[0]["tokens_seen"] == 0 < entries[1]["tokens_seen"] <= 2 * 2 * 32

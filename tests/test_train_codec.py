@@ -115,6 +115,10 @@ def test_words_are_lost_when_bands_no_longer_move_as_they_did(speech):
     assert noisy == sorted(noisy) and noisy[0] < 0.15 and noisy[-1] > 0.5      # what is silent correlates with nothing
     assert loss(0.5 * speech) == pytest.approx(noisy[0], abs=0.03)
     assert train_codec.words_loss(0 * speech, speech, ~every) == 0
+    some = torch.arange(8) % 3 == 0                                                     # the others do not count
+    noisy = speech + 0.03 * torch.randn_like(speech)
+    alone = train_codec.words_loss(noisy[some], speech[some], every[:3])
+    torch.testing.assert_close(train_codec.words_loss(noisy, speech, some), alone, atol=1e-5, rtol=0)
 
 
 def test_k_means_leaves_less_over_with_every_codebook_and_uses_all_codes(capsys):

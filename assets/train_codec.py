@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
 from mel import HANN, SAMPLE_RATE, frame, log_mel, mel_power
 from tokens import CODEBOOK_SIZE, HOP, build_mini
-from train import save
+from train import choose_device, save
 from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock, SLSTM    # tokens makes it importable
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
@@ -459,6 +459,7 @@ def main():
         parser.error("--dimension must be at least 8, --frames 29, all other sizes and --steps 1")
     if not Path(args.out).parent.is_dir():
         parser.error(f"--out {args.out}: no such folder")
+    choose_device(args.device)                                # or one line says that it cannot be used
     if not args.resume and Path(last).exists():
         sys.exit(f"error: {last} exists: continue it with --resume, delete it, or choose another --out")
     try:

@@ -229,6 +229,13 @@ def test_a_bad_option_is_one_clear_line(monkeypatch, tmp_path, capsys, options, 
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it could be used here")
+def test_a_device_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train_codec.py", "--device", "cuda", "--out", str(tmp_path / "codec.pt")])
+    with pytest.raises(SystemExit, match="device 'cuda' cannot be used here"):
+        train_codec.main()
+
+
 def test_a_run_that_can_be_continued_is_not_overwritten(monkeypatch, tmp_path):
     (tmp_path / "codec.pt.last").write_bytes(b"hours of work")
     monkeypatch.setattr(sys, "argv", ["train_codec.py", "--out", str(tmp_path / "codec.pt")])

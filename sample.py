@@ -11,9 +11,8 @@ One frame, 1/75 s, at a time, around one loop:
     └── coarse code and mel of this frame ◀──────────────── log-mel ◀──────┘
 
 A model with several codebooks draws the finer codes of a frame one after the other, each knowing those before it. They
-fix the exact shape of the wave. Drawn at half the temperature of the coarse code, unless --finer-temperature says
-otherwise, they make it smoother, and the models in assets/ sound closest to what they learnt from: see
-notebooks/06_sampling.ipynb. (But a hybrid hears what it has drawn: too timid, and its sound may die away.)
+fix the exact shape of the wave; a lower --finer-temperature makes it smoother. But a hybrid hears what it has drawn, and
+learnt from codes as often as they occur: drawn too timidly, its sound may die away (notebooks/06_sampling.ipynb).
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
 no frame costs more than one with a full context. The mel that the model is shown is that of what is really heard.
@@ -83,13 +82,13 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
     """Yield (codes (B, K, 1), wave (B, 320)) frame by frame: the prompt as the codec decodes it, then `n_frames` new.
 
     model: a `HybridGPT` of K codebooks in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
-    prompt: codes (1, K, P) or None; temperature: of the coarse code; finer_temperature: of the others, None: half;
-        how: more for `draw`
+    prompt: codes (1, K, P) or None; temperature: of the coarse code; finer_temperature: of the others, None: the
+        same; how: more for `draw`
     The prompt and its continuation run through one codec state, so there is no seam between them. What is yielded are
     inference tensors: clone what is to be trained on.
     """
     device = next(model.parameters()).device
-    finer_temperature = temperature / 2 if finer_temperature is None else finer_temperature
+    finer_temperature = temperature if finer_temperature is None else finer_temperature
     n_prompt = 0 if prompt is None else prompt.shape[-1]
     cache, decoder, spectrogram = Cache(model.config.context), codec.stream_decoder(), StreamingLogMel()
     codes = torch.zeros(num, model.config.n_input_codebooks, 1, dtype=torch.long, device=device)
@@ -118,7 +117,7 @@ def parse_arguments():
     add("--seconds", type=float, default=5.0, help="of new audio (default: %(default)s)")
     add("--num", type=int, default=1, help="how many, generated side by side (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest code (default: %(default)s)")
-    add("--finer-temperature", type=float, help="of codebooks 2 and finer (default: half of --temperature)")
+    add("--finer-temperature", type=float, help="of codebooks 2 and finer (default: that of --temperature)")
     add("--top-k", type=int, help="draw among the k likeliest codes only")
     add("--top-p", type=float, help="draw among the likeliest codes that hold this much probability")
     add("--seed", type=int, default=0, help="default: %(default)s")

@@ -155,7 +155,7 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use
             chosen = draw(logits[:, -1], generator=generator)[:, None]
             while chosen.shape[1] < K:
                 finer = model.finer_logits(x[:, -1], chosen)[:, -1]
-                chosen = torch.cat([chosen, draw(finer, 0.5, generator=generator)[:, None]], dim=1)
+                chosen = torch.cat([chosen, draw(finer, generator=generator)[:, None]], dim=1)
         again = torch.cat([again, chosen[..., None]], dim=-1)
     assert torch.equal(again[..., 1:], codes)
     assert codes[..., n_prompt:].unique().numel() > 40        # not one code for ever
@@ -194,13 +194,13 @@ def test_temperature_zero_is_the_same_for_every_seed(run, tmp_path):
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
-@pytest.mark.parametrize("finer, expected", [(None, 0.5), (0.7, 0.7), (0.0, 0.0)])
-def test_finer_codes_are_drawn_at_a_temperature_of_their_own(tiny_codec, finer, expected):
+@pytest.mark.parametrize("finer, expected", [(None, 0.9), (0.7, 0.7), (0.0, 0.0)])
+def test_finer_codes_are_drawn_like_the_coarse_one_unless_told_otherwise(tiny_codec, finer, expected):
     model = HybridGPT(Config(n_layer=1, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, n_codebooks=3,
                              n_depth_embd=32)).eval()
     with mock.patch.object(sample, "draw", side_effect=draw) as drawn:
-        list(sample.generate(model, tiny_codec, 2, temperature=1.0, finer_temperature=finer))
-    assert [call.args[1] for call in drawn.call_args_list] == [1.0, expected, expected] * 2
+        list(sample.generate(model, tiny_codec, 2, temperature=0.9, finer_temperature=finer))
+    assert [call.args[1] for call in drawn.call_args_list] == [0.9, expected, expected] * 2
 
 
 @pytest.mark.parametrize("trained_on, word", [(8, None), (0, "of recordings"), (2, "of 2 codebooks")])

@@ -204,9 +204,9 @@ class HybridGPT(nn.Module):
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too
-        # (over depth it is 2, that of a state and of a code); below, how many terms of variance 1 each weight sums
-        terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": c.n_input_codebooks,
-                 "finer_embedding": c.n_input_codebooks, "fuse.weight": c.use_mel and self.fuse.in_features,
+        # (over depth it is 2, that of a state and of a code); below, how many terms of variance 1 each weight sums.
+        # finer_embedding stays small: at full size 7 x 1024 random vectors drown the coarse code until each is learnt
+        terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": 1, "fuse.weight": c.use_mel and self.fuse.in_features,
                  "depth_in.weight": c.n_embd, "depth_embedding": 1}
         for name, n in terms.items():
             if hasattr(self, name.split(".")[0]):

@@ -399,6 +399,14 @@ def test_what_enters_the_stack_has_variance_one_whichever_branches_there_are(con
     assert 1.6 < entered.get("depth_blocks", 2) < 2.4                                        # the state plus a code
 
 
+def test_a_model_that_reads_finer_codes_begins_as_one_that_does_not():
+    model = HybridGPT(READER).eval()
+    codes = torch.randint(1024, (2, 3, 20))
+    others = torch.cat([codes[:, :1], codes[:, 1:].flip(0)], dim=1)
+    logits, changed = (model(c, torch.zeros(2, 20, 80))[0] for c in (codes, others))
+    assert 0 < (logits - changed).std() < 0.1 * logits.std()
+
+
 # ----------------------------------------------------------------------------- checkpoints
 
 class Malicious:

@@ -144,7 +144,7 @@ def download(archive, home):
             except urllib.error.HTTPError as error:
                 if error.code < 500 and error.code not in (408, 429):
                     raise DataError(f"{archive.url}: the server answers {error.code} {error.reason}; if the file has "
-                                    f"moved, put it here: {path}") from error
+                                    f"moved, put it here: {path} (it is deleted once it is unpacked)") from error
                 problem = f"{error.code} {error.reason}"
             except (OSError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) in DISK_FULL:

@@ -18,9 +18,9 @@ Encoding is most of the work. Files of about the same length go through the code
 of the CPU; each is put away when it is done, so that an interrupted preparation goes on with those that are missing
 (if the folder has not changed meanwhile).
 
-A batch is a pure function of (seed, step): the same for every model, and after a resume. Each row is a crop of one
-clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding, whose targets do
-not count. The first position of a clip is START, so the model is always told that there is nothing before.
+A batch is a pure function of seed, step and its own size: the same for every model, and after a resume. Each row is a
+crop of one clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding, whose
+targets do not count. The first position of a clip is START, so the model is always told that there is nothing before.
 """
 import contextlib
 import hashlib
@@ -38,10 +38,9 @@ from tqdm import tqdm
 
 from corpora import CORPORA, DataError, alone, fetch, writing
 from mel import FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, WINDOW, StreamingLogMel, check_window
+from model import IGNORE, START
 from tokens import CODEBOOK_SIZE
 
-START = CODEBOOK_SIZE                # as in model.py: the code shown before a clip
-IGNORE = -1                          # a target that does not count
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
@@ -77,7 +76,7 @@ def read_audio(path):
                 yield resampler.resample_chunk(wave) if resampler else wave
             if resampler:
                 yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
-    except (soundfile.SoundFileError, ValueError, OSError) as error:
+    except (soundfile.SoundFileError, ValueError, TypeError, OSError) as error:           # TypeError: a .raw file
         reason = str(error).removeprefix(f"Error opening {str(path)!r}: ") if os.path.exists(path) else "no such file"
         raise DataError(f"{path}: cannot be read as audio ({reason.strip()})") from error
     if n_samples == 0:
@@ -189,9 +188,9 @@ def split_clips(names, dataset=None):
     """Which clips validate: bool per name (relative path).
 
     With top-level folders train/ and val/, those in val/. Otherwise the tenth or so whose path hashes low, so that
-    adding a file moves no other; in a small folder each side gets at least one. Raises DataError where
-    train/ and val/ have a neighbour: nobody could tell which side it belongs to. A dataset of corpora.py has a split
-    of its own, or groups of clips (of one speaker, say) that stay on one side.
+    adding a file moves no other, except in a small folder: where none hashes low the lowest validates, and a new file
+    may take its place. Raises DataError where train/ and val/ have a neighbour: nobody could tell which side it belongs
+    to. A dataset of corpora.py has a split of its own, or groups of clips (of one speaker, say) that stay on one side.
     """
     corpus = CORPORA.get(dataset)
     if corpus and corpus.val:
@@ -477,13 +476,7 @@ class Dataset:
 
     def unigram_nll(self):
         """Cross-entropy (nats) of the validation targets under add-one counts of the training targets."""
-        def count(clips):
-            counts = np.zeros(CODEBOOK_SIZE)
-            for part in np.array_split(clips, len(clips) // 1000 + 1):
-                codes = self.codes
-                for start, end in part:
-                    counts += np.bincount(codes[start:end, 0], minlength=CODEBOOK_SIZE)[:CODEBOOK_SIZE]
-            return counts
-        train, val = count(self.train), count(self.val)
+        train, val = (sum(np.bincount(self.codes[start:end, 0], minlength=CODEBOOK_SIZE)[:CODEBOOK_SIZE]
+                          for start, end in clips) for clips in (self.train, self.val))
         log_p = np.log((train + 1) / (train.sum() + CODEBOOK_SIZE))
         return float(-(val * log_p).sum() / val.sum())

@@ -129,8 +129,8 @@ def log_mel(wave, lookahead=0, window=WINDOW):
 
     wave (B, N) or (N,) float32 in [-1, 1] -> (B, T, 80) or (T, 80), T = N // 320; raw natural-log power, not
     whitened. Without a lookahead, frame t depends on samples before (t+1)*HOP only. Differentiable, on any device.
-    lookahead: for experiments. The window ends so many samples *past* the frame, and what it hears there is a leak; a
-        negative one moves it just as far, but what lies past the frame counts as zero: the leak is the difference at most
+    lookahead: for experiments. The window ends so many samples *past* the frame, and what it hears there is a leak.
+        -N: the same window as with N, but what lies past the frame counts as zero; the leak is at most the difference
     window: (rise, fall) as in `late_window`; HANN where nothing is predicted
     Raises ValueError for another number of dimensions, or a window or lookahead that does not fit into 1024 samples.
     """

@@ -206,8 +206,8 @@ class HybridGPT(nn.Module):
         # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too
         # (over depth it is 2, that of a state and of a code); below, how many terms of variance 1 each weight sums.
         # finer_embedding stays small: at full size 7 x 1024 random vectors drown the coarse code until each is learnt
-        terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": 1, "fuse.weight": c.use_mel and self.fuse.in_features,
-                 "depth_in.weight": c.n_embd, "depth_embedding": 1}
+        terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": 1,
+                 "fuse.weight": c.use_mel and self.fuse.in_features, "depth_in.weight": c.n_embd, "depth_embedding": 1}
         for name, n in terms.items():
             if hasattr(self, name.split(".")[0]):
                 nn.init.normal_(self.get_parameter(name), std=n ** -0.5)

@@ -11,11 +11,11 @@ One frame, 1/75 s, at a time, around one loop:
     └── coarse code and mel of this frame ◀──────────────── log-mel ◀──────┘
 
 A model with several codebooks draws the finer codes of a frame one after the other, each knowing those before it. They
-fix the exact shape of the wave; a lower --finer-temperature makes it smoother. But a hybrid hears what it has drawn, and
-learnt from codes as often as they occur: drawn too timidly, its sound may die away (notebooks/06_sampling.ipynb).
+fix the exact shape of the wave; a lower --finer-temperature makes it smoother. But a hybrid hears what it has drawn,
+and learnt from codes as often as they occur: drawn too timidly, its sound may die away (notebooks/06_sampling.ipynb).
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
-no frame costs more than one with a full context. The mel that the model is shown is that of what is really heard.
+no frame costs more than one with a full context. The mel that the model is shown is that of what was just decoded.
 """
 import argparse
 import contextlib
@@ -35,14 +35,15 @@ from data import DataError, read_audio
 from mel import FRAME_RATE, HOP, SAMPLE_RATE, WINDOW, StreamingLogMel
 from model import START, Cache, CheckpointError, load_checkpoint
 from tokens import CodecError, load_codec
+from train import choose_device
 
 
 def load(path, device="cpu", codec=None, codec_dir=None):
     """A checkpoint of train.py -> (`HybridGPT` in eval mode, the `Codec` it was trained with, the checkpoint's dict).
 
     codec: a name for `load_codec`, None for the one that the checkpoint names. Raises CheckpointError for a checkpoint
-    that cannot be read, or reads what does not exist while sampling, as codes that it does not predict; CodecError for
-    a codec that is not the checkpoint's.
+    that cannot be read, or of a model that reads codes it does not predict, or a mel that cannot be had while sampling;
+    CodecError for a codec that is not the checkpoint's.
     """
     model, checkpoint = load_checkpoint(path, device)
     if model.config.n_input_codebooks > model.config.n_codebooks:
@@ -123,9 +124,9 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--codec", help="codec to decode with (default: the one the checkpoint names)")
     add("--codec-dir", help="folder with EnCodec's weights")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--out", default="sample.wav", help="with --num 3: sample-1.wav, sample-2.wav, sample-3.wav; -: raw 16-bit "
-        "PCM, mono, 24 kHz, to standard output while it is generated (default: %(default)s)")
+    add("--device", help="default: the first of cuda, mps and cpu that is there")
+    add("--out", default="sample.wav", help="a file there is replaced; with --num 3: sample-1.wav, sample-2.wav, "
+        "sample-3.wav; -: raw 16-bit PCM, mono, 24 kHz, to standard output while it is generated (default: %(default)s)")
     args = parser.parse_args()
     if not 1 <= args.seconds * FRAME_RATE < math.inf or args.num < 1:            # nan fails every comparison
         parser.error(f"--seconds must be at least one frame (1/{FRAME_RATE}) and --num at least 1")
@@ -147,11 +148,7 @@ def main():
     if not live and (out.suffix.lower() not in (".wav", ".flac") or any(name.is_dir() for name in names)
                      or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
         sys.exit(f"error: cannot write {out}: --out takes a .wav or .flac file in an existing, writable folder")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(f"error: device '{args.device}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
-    model, codec, checkpoint = load(args.ckpt, args.device, args.codec, args.codec_dir)
+    model, codec, checkpoint = load(args.ckpt, choose_device(args.device), args.codec, args.codec_dir)
     trained_on, heard = checkpoint["mel_codebooks"], model.config.n_codebooks
     if model.config.use_mel and trained_on != heard:
         print(f"note: {args.ckpt} learnt from the mel of {f'{trained_on} codebooks' if trained_on else 'recordings'} and "

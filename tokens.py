@@ -37,8 +37,8 @@ from encodec.modules.conv import pad1d
 from encodec.modules.seanet import SEANetResnetBlock
 from encodec.quantization import ResidualVectorQuantizer
 
-SAMPLE_RATE = 24_000
-HOP = 320                            # samples per code; 75 codes a second
+from mel import HOP, SAMPLE_RATE     # a code is 320 samples, as a mel frame is
+
 CODEBOOK_SIZE = 1024
 PIECE = 10 * SAMPLE_RATE             # long audio goes through the networks in pieces of this many samples
 SILENCE = 8                          # frames of silence before a clip for a codec that pads by reflection

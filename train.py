@@ -38,7 +38,8 @@ from model import (CODEBOOK_SIZE, DEPTH_EVERY, IGNORE, PRESETS, CheckpointError,
                    load_checkpoint, to_checkpoint)
 from tokens import CodecError, load_codec
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
+# torchrun's; a scheduler may set one of them for purposes of its own
+RANK, WORLD = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
 
 
 def parse_arguments():
@@ -241,7 +242,8 @@ def main():
         if "optimizer" not in checkpoint:
             raise CheckpointError(f"{last} holds a model but no training state: --resume needs the one that an "
                                   "interrupted run leaves beside --out")
-        for name in sorted(args.given & checkpoint["args"].keys() - {"dtype", "compile", "codec_dir"}):
+        free = {"dataset", "codec", "codec_dir", "dtype", "compile"}          # may have moved; what they hold is checked
+        for name in sorted(args.given & checkpoint["args"].keys() - free):
             if getattr(args, name) != checkpoint["args"][name]:
                 sys.exit(f"error: --{name.replace('_', '-')} differs from the run in {last} "
                          f"({checkpoint['args'][name]}); --resume continues with the options it was started with")
@@ -347,9 +349,9 @@ def main():
              "data_key": data.key, "audio": data.audio}
     where = ("given", "out", "resume", "overwrite", "eval", "device")
     options = {k: v for k, v in vars(args).items() if k not in where}         # what makes the run what it is
-    report({"step": step, "args": options, "n_params": n_params, "context": context, **facts, "device": str(device),
-            "torch": torch.__version__, "uniform_nll": math.log(CODEBOOK_SIZE), "unigram_nll": unigram,
-            "dtype": args.dtype, "train_frames": data.meta["train_frames"], "val_frames": data.meta["val_frames"]})
+    report({"step": step, "args": options, "n_params": n_params, **facts, "device": str(device),
+            "torch": torch.__version__, "unigram_nll": unigram, "train_frames": data.meta["train_frames"],
+            "val_frames": data.meta["val_frames"]})
 
     def move(x):
         """To the device; to a GPU while the CPU goes on, for which the memory must be pinned."""
@@ -382,7 +384,7 @@ def main():
         if (step % 20 == 0 or due or stop) and not norm.isfinite():
             diverged("the loss or its gradient")
         if due and RANK == 0:                                 # `model`: `forward` would be compiled anew for eval mode
-            figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
+            figures, sums, counts = evaluate(model, data, args.batch_size // (args.accumulate * WORLD), autocast)
             if not math.isfinite(figures["val_nll"]):
                 diverged("the validation loss")
             report({"step": step, **figures, "unigram_nll": unigram, "n_params": n_params,
@@ -414,7 +416,7 @@ def main():
         # batch and dropout depend on seed, step and process alone, so that a resumed run is the uninterrupted one
         batch = data.batch(args.seed, step, args.batch_size, context)             # codes, mel, targets
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
-        # in turn, as many crops start where a clip does
+        # each step another offset: many crops begin with a clip, and else most frames near its start would not come up
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = counted(batch[2], depth_frames), 0.0                # (2,)
         depth_frames, n_all = move(depth_frames), move(n_targets.clamp(min=1))
@@ -443,8 +445,9 @@ def main():
             report({"step": step, "loss": loss_value, "lr": lr, "tokens_per_second": round(rate)})
             print(f"step {step:5d}  loss {loss_value:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s", flush=True)
 
-    print(f"best validation NLL {best:.4f} nats ({unigram - best:.4f} below the unigram figure) in {out}; "
-          f"hear it with: python sample.py --ckpt {out}")
+    print(f"best validation NLL {best:.4f} nats ({abs(unigram - best):.4f} {'below' if best < unigram else 'above'} "
+          f"the unigram figure) in {out}; hear it with: python sample.py --ckpt {out}"
+          + f" --codec-dir {args.codec_dir}" * bool(args.codec_dir))
     if WORLD > 1:
         dist.destroy_process_group()
 
@@ -454,6 +457,8 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is too small: raise --accumulate, or lower --batch-size or --context")
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

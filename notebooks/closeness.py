@@ -11,10 +11,10 @@ how much it changes within the next 1/15 s. Two sets of clips are compared by th
 
 of two Gaussians with the mean and covariance of their vectors (Dowson and Landau, 1982); no network judges. It hears
 timbre, loudness, pauses and how fast things change, not words or melodies. All sets are compared with the validation
-clips. For scale, so are the training clips (nothing should be expected to come closer) and the codec's own copy of the
-validation clips. What a model has generated is measured again with its coarse codes alone decoded. Every generated set
-is drawn again with other seeds, to show how far chance alone moves a figure. Prints a table and writes a file, unless
-told otherwise results/closeness-DATASET.json.
+clips, of which the first --seconds count. For scale, so are the training clips (nothing should be expected to come
+closer) and the codec's own copy of the validation clips. What a model has generated is measured again with its coarse
+codes alone decoded. Every generated set is drawn again with other seeds, to show how far chance alone moves a figure.
+Prints a table and writes a file, unless told otherwise results/closeness-DATASET.json.
 """
 import argparse
 import sys
@@ -57,7 +57,10 @@ def recordings(dataset, seconds):
     folder, names = find_audio(dataset)
     splits = [], []
     for name, is_val in zip(names, split_clips(names, dataset)):
-        wave = torch.from_numpy(np.concatenate(list(read_audio(folder / name))))[:int(seconds * SAMPLE_RATE)]
+        try:
+            wave = torch.from_numpy(np.concatenate(list(read_audio(folder / name))))[:int(seconds * SAMPLE_RATE)]
+        except DataError:                                                        # `prepare` has named and skipped it
+            continue
         if len(wave) > LAG * SAMPLE_RATE // FRAME_RATE * 2:
             splits[is_val].append(wave)
     return splits
@@ -89,15 +92,15 @@ def main():
     if min(args.clips, args.seeds) < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6:
         parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames")
     out = args.out or Path(__file__).parent.parent / "results" / f"closeness-{label(args.dataset)}.json"
-    if not out.parent.is_dir():
-        parser.error(f"--out {out}: no such folder")
+    if out.is_dir() or not out.parent.is_dir():
+        parser.error(f"--out {out}: not a file in an existing folder")
     models = {path: load(path) for path in args.checkpoints}
     codec = models[args.checkpoints[0]][1]
     if any(other.checksum != codec.checksum for _, other, _ in models.values()):
         raise CodecError("the checkpoints were trained on codes of different codecs: compare those of one at a time")
     train, val = recordings(args.dataset, args.seconds)
     if not (train and val):
-        raise DataError(f"{args.dataset}: wants clips of more than {2 * LAG} frames to train and to validate on")
+        raise DataError(f"{args.dataset}: wants at least two clips of more than {2 * LAG} frames, in both splits")
     real = statistics(val)
     rows = []
 
@@ -137,3 +140,5 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

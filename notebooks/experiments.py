@@ -26,7 +26,8 @@ size      both models narrower and wider (not in pairs of equal size: two curves
           inverse proportion to the width
 steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
-context   the same three with more and fewer positions, as many targets a step: the longer, the fewer places a step
+context   `nano`, `nano-heard` and `nano-gpt` with more and fewer positions, as many targets a step: the longer, the
+          fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
 paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
           rates, and `hybrid-heard`, with that of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
@@ -114,7 +115,7 @@ def machine(threads=1, device="cpu"):
 
 def label(dataset):
     """A dataset's short name; of a folder the last two parts, so that nobody's `speech` passes for the bundled one."""
-    return dataset if dataset in ("speech", "music") else "-".join(Path(dataset).resolve().parts[-2:])
+    return dataset if dataset in ("speech", "music") else "-".join(Path(dataset).expanduser().resolve().parts[1:][-2:])
 
 
 def read(path):
@@ -159,7 +160,7 @@ def run(dataset, model, lr, seed, device="cpu"):
                    "lr": lr, "seed": seed, "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
                    "best": best, "seconds": evaluations[-1]["seconds"],
                    "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],
-                   "machine": machine(device=device), "dtype": log[0]["dtype"], "torch": log[0]["torch"],
+                   "machine": machine(device=device), "dtype": log[0]["args"]["dtype"], "torch": log[0]["torch"],
                    "commit": legs.read_text(),
                    "scores": {trained_on(model): {"val_nll": best["val_nll"], **clips}}}
         write(result, content)
@@ -287,3 +288,5 @@ if __name__ == "__main__":
         main()
     except (RuntimeError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -316,6 +316,12 @@ def test_a_cache_with_codes_that_do_not_exist_is_refused(tmp_path, tiny_codec):
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True).gather([(0, 10, 0, 0)], 32)
 
 
+def test_a_file_that_does_not_say_what_it_holds_is_refused_by_name(tmp_path):
+    (tmp_path / "a.raw").write_bytes(bytes(1000))
+    with pytest.raises(DataError, match="a.raw: cannot be read as audio"):
+        list(read_audio(tmp_path / "a.raw"))
+
+
 def test_a_second_preparation_encodes_nothing(tmp_path, tiny_codec):
     folder = clips(tmp_path / "in")
     first = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)

@@ -93,7 +93,7 @@ def test_a_result_names_every_commit_that_its_run_was_made_with(tmp_path, monkey
     name = f"speech-nano-lr{experiments.LEARNING_RATES[0]}-seed0"
     (tmp_path / f"{name}.commits").write_text("a")
     (tmp_path / f"{name}.jsonl").write_text(
-        '{"codec": "mini", "codec_checksum": "0", "torch": "2", "dtype": "float32"}\n'
+        '{"codec": "mini", "codec_checksum": "0", "torch": "2", "args": {"dtype": "float32"}}\n'
         '{"step": 0, "val_nll": 7.0, "seconds": 1.0, "clip_nll": [7.0], "clip_targets": [9]}')
     if interrupted:
         (tmp_path / f"{name}.last.pt").touch()
@@ -126,6 +126,12 @@ def test_every_model_runs_at_the_learning_rate_that_was_best_for_its_kind(monkey
     assert {(d, s) for d, _, _, s in searched} == {("speech", 0)} and len(set(searched)) == 12
     assert sorted(runs) == sorted((d, m, best[m.removesuffix("-heard")], s) for d in ("speech", "music") for s in (0, 1)
                                   for m in (*best, "hybrid-heard"))
+
+
+@pytest.mark.parametrize("folder, label", [("music", "music"), ("/data", "data"), ("/data/music", "data-music"),
+                                           ("/a/b/c/", "b-c"), ("~", "-".join(Path.home().resolve().parts[1:][-2:]))])
+def test_a_datasets_label_is_short_and_the_beginning_of_a_file_name(folder, label):
+    assert experiments.label(folder) == label
 
 
 def test_an_experiments_list_stays_on_a_line(tmp_path):

@@ -364,6 +364,38 @@ def test_a_run_continues_where_the_same_audio_lies_elsewhere(run, tmp_path):
     assert resumed.code == 0, resumed.err
 
 
+def test_a_run_continues_where_its_folder_has_another_name(run, tmp_path):
+    folder = write_clips(tmp_path / "own", [0.5, 0.5, 0.6])
+    assert run(tmp_path, "--dataset", folder).code == 0
+    folder.rename(tmp_path / "moved")
+    resumed = run(tmp_path, "--resume", "--dataset", "moved", small=False)
+    assert resumed.code == 0, resumed.err
+
+
+def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(run, tmp_path):
+    sizes, validation = set(), data.Dataset.validation
+
+    def recorded(self, context, batch_size):
+        sizes.add(batch_size)
+        return validation(self, context, batch_size)
+    with mock.patch.object(data.Dataset, "validation", recorded):
+        assert run(tmp_path, "--batch-size", 4, "--accumulate", 2).code == 0
+    assert sizes == {2}
+
+
+def test_a_gpu_that_is_too_small_is_one_clear_line(run, tmp_path):
+    with mock.patch.object(HybridGPT, "stack", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+        assert_refused(run(tmp_path), "memory", "--accumulate")
+
+
+def test_a_number_of_processes_without_a_rank_is_not_torchruns():
+    command = [sys.executable, "-c", "import train; print(train.RANK, train.WORLD)"]
+    for names, printed in ((("WORLD_SIZE",), "0 1"), (("WORLD_SIZE", "RANK"), "2 2")):
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | dict.fromkeys(names, "2")
+        done = subprocess.run(command, cwd=SCRIPT.parent, env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == printed, done.stderr
+
+
 def test_resuming_keeps_the_number_format_of_the_run_unless_told_otherwise(run, tmp_path):
     assert run(tmp_path, "--dtype", "bfloat16").code == 0
     assert "on cpu in bfloat16" in run(tmp_path, "--resume", "--device", "cpu", small=False).out

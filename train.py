@@ -38,8 +38,8 @@ from model import (CODEBOOK_SIZE, DEPTH_EVERY, IGNORE, PRESETS, CheckpointError,
                    load_checkpoint, to_checkpoint)
 from tokens import CodecError, load_codec
 
-# torchrun's; a scheduler may set one of them for purposes of its own
-RANK, WORLD = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
+TORCHRUN = {"RANK", "WORLD_SIZE"} <= os.environ.keys()        # a scheduler may set one of them for its own purposes
+RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
 
 def parse_arguments():

@@ -388,9 +388,9 @@ def test_a_gpu_that_is_too_small_is_one_clear_line(run, tmp_path):
         assert_refused(run(tmp_path), "memory", "--accumulate")
 
 
-def test_a_number_of_processes_without_a_rank_is_not_torchruns():
+def test_a_rank_or_a_number_of_processes_alone_is_not_torchruns():
     command = [sys.executable, "-c", "import train; print(train.RANK, train.WORLD)"]
-    for names, printed in ((("WORLD_SIZE",), "0 1"), (("WORLD_SIZE", "RANK"), "2 2")):
+    for names, printed in ((("WORLD_SIZE",), "0 1"), (("RANK",), "0 1"), (("WORLD_SIZE", "RANK"), "2 2")):
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | dict.fromkeys(names, "2")
         done = subprocess.run(command, cwd=SCRIPT.parent, env=env, capture_output=True, text=True)
         assert done.stdout.strip() == printed, done.stderr

@@ -203,11 +203,11 @@ class HybridGPT(nn.Module):
             # (the stack's number, for the small transformers too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
-        # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too
-        # (over depth it is 2, that of a state and of a code); below, how many terms of variance 1 each weight sums.
-        # finer_embedding stays small: at full size 7 x 1024 random vectors drown the coarse code until each is learnt
+        # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too.
+        # Below, how many terms of variance 1 each weight sums. finer_embedding and depth_embedding stay small: they are
+        # thousands of rarely used random vectors, which at full size drown what they are added to until each is learnt
         terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": 1,
-                 "fuse.weight": c.use_mel and self.fuse.in_features, "depth_in.weight": c.n_embd, "depth_embedding": 1}
+                 "fuse.weight": c.use_mel and self.fuse.in_features, "depth_in.weight": c.n_embd}
         for name, n in terms.items():
             if hasattr(self, name.split(".")[0]):
                 nn.init.normal_(self.get_parameter(name), std=n ** -0.5)

@@ -47,6 +47,7 @@ class Config:
     n_mel_layer: int = 1             # light causal blocks over the mel frames
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
     n_mels: int = 80
+    n_latent: int = 0                # 132 (codec mini): the mel branch hears the codes read, as the codec's own vectors
     mel_noise: float = 0.0           # standard deviation of what is added to the whitened mel in training
     n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
     n_depth_layer: int = 2           # blocks over depth, if K > 1
@@ -164,11 +165,12 @@ class HybridGPT(nn.Module):
         super().__init__()
         c = self.config = config
         if min(c.n_layer, c.n_head, c.n_embd, c.n_inner, c.n_mel_embd, c.n_depth_embd, c.n_input_codebooks,
-               c.n_codebooks, c.context) < 1 or not min(c.mel_noise, c.n_mel_layer, c.n_depth_layer) >= 0:
-            raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer and mel_noise at least 0")
+               c.n_codebooks, c.context) < 1 or not min(c.mel_noise, c.n_mel_layer, c.n_depth_layer, c.n_latent) >= 0:
+            raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer, n_latent and mel_noise at "
+                             "least 0")
         head_dim = c.n_embd // c.n_head
-        if not (c.use_codes or c.use_mel):
-            raise ValueError("a model needs use_codes or use_mel")
+        if not (c.use_codes or c.use_mel) or c.n_latent and not c.use_mel:
+            raise ValueError("a model needs use_codes or use_mel, and for n_latent use_mel")
         if c.fuse not in ("concat", "add"):
             raise ValueError(f'fuse "{c.fuse}" must be "concat" or "add"')
         if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim) or (
@@ -177,12 +179,15 @@ class HybridGPT(nn.Module):
                              f"{c.n_mel_embd} and n_depth_embd {c.n_depth_embd} multiples of that size")
         if c.use_codes:
             self.code_embedding = nn.Embedding(CODEBOOK_SIZE + 1, c.n_embd)       # + 1: START
-            if c.n_input_codebooks > 1:
+            if c.n_input_codebooks > 1 and not c.n_latent:
                 self.finer_embedding = nn.Parameter(torch.empty(c.n_input_codebooks - 1, CODEBOOK_SIZE, c.n_embd))
         if c.use_mel:
-            self.register_buffer("mel_mean", torch.zeros(c.n_mels))
-            self.register_buffer("mel_whitening", torch.eye(c.n_mels))
-            self.mel_in = nn.Linear(c.n_mels, c.n_mel_embd, bias=False)
+            if c.n_latent:
+                self.register_buffer("codec_vectors", torch.zeros(c.n_input_codebooks, CODEBOOK_SIZE, c.n_latent))
+            heard = c.n_latent or c.n_mels                                        # numbers a frame
+            self.register_buffer("mel_mean", torch.zeros(heard))
+            self.register_buffer("mel_whitening", torch.eye(heard))
+            self.mel_in = nn.Linear(heard, c.n_mel_embd, bias=False)
             self.mel_blocks = nn.ModuleList(
                 Block(c.n_mel_embd, 2 * c.n_mel_embd, head_dim, c.dropout) for _ in range(c.n_mel_layer))
             width = c.n_mel_embd + c.n_embd * (c.use_codes and c.fuse == "concat")
@@ -206,7 +211,7 @@ class HybridGPT(nn.Module):
         # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too.
         # Below, how many terms of variance 1 each weight sums. finer_embedding and depth_embedding stay small: they are
         # thousands of rarely used random vectors, which at full size drown what they are added to until each is learnt
-        terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": 1,
+        terms = {"mel_in.weight": c.n_latent or c.n_mels, "code_embedding.weight": 1,
                  "fuse.weight": c.use_mel and self.fuse.in_features, "depth_in.weight": c.n_embd}
         for name, n in terms.items():
             if hasattr(self, name.split(".")[0]):
@@ -229,6 +234,13 @@ class HybridGPT(nn.Module):
             scale = scale / (variances * scale.square()).mean().sqrt()            # as much variance as 80 bands of 1
             self.mel_mean.copy_(torch.as_tensor(mean))
             self.mel_whitening.copy_(directions * scale)
+
+    def set_latents(self, vectors, codes):
+        """The codec's vectors (n_input_codebooks, 1024, n_latent), kept with the weights, and in place of the mel's the
+        statistics of what they add up to for some of the training split's codes (K, T)."""
+        self.codec_vectors.copy_(vectors)
+        latents = self.latents(codes[None])[0]                                    # (T, n_latent)
+        self.set_mel_statistics(latents.mean(0), torch.cov(latents.T))
 
     def forward(self, codes, mel, targets=None, cache=None, depth_frames=None):
         """Logits of the next coarse code at every position, and the losses.
@@ -273,9 +285,10 @@ class HybridGPT(nn.Module):
 
         if self.config.use_codes:
             x = self.code_embedding(codes[:, 0])                                  # (B, T, n_embd)
-            for k in range(1, self.config.n_input_codebooks):
+            for k in range(1, 1 if self.config.n_latent else self.config.n_input_codebooks):
                 x = x + self.finer_embedding[k - 1][codes[:, k]].masked_fill(at_start, 0.0)
         if self.config.use_mel:
+            mel = self.latents(codes) if self.config.n_latent else mel
             mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
             if self.training and self.config.mel_noise:
                 mel = mel + self.config.mel_noise * torch.randn_like(mel)
@@ -294,6 +307,11 @@ class HybridGPT(nn.Module):
         if cache:
             cache.position += 1
         return norm(x)
+
+    def latents(self, codes):
+        """What the codec decodes codes (B, K, T) from: the vectors they stand for, summed, (B, T, n_latent)."""
+        codes = codes[:, :self.config.n_input_codebooks].clamp(0, CODEBOOK_SIZE - 1).transpose(1, 2)        # (B, T, K)
+        return self.codec_vectors[torch.arange(codes.shape[-1], device=codes.device), codes].sum(dim=2)
 
     def finer_logits(self, x, codes):
         """Within one frame: x (n, n_embd) of the stack, its codes so far (n, k), coarse first -> (n, k, 1024).

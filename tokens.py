@@ -175,6 +175,11 @@ class Codec:
             with torch.no_grad():
                 self.silence_codes = self.quantize(self.model.encoder(silence), self.n_codebooks)   # (1, K, 8)
 
+    @property
+    def vectors(self):
+        """What the codes stand for, (K, 1024, C): a frame is decoded from the sum of its K codes' vectors."""
+        return torch.stack([layer.codebook for layer in self.model.quantizer.vq.layers])
+
     def quantize(self, latents, n_codebooks):
         """latents (B, C, T) -> codes (B, n_codebooks, T)."""
         return self.model.quantizer.vq.encode(latents, n_q=n_codebooks).transpose(0, 1)

@@ -280,6 +280,8 @@ def main():
     if wanted > codec.n_codebooks:
         raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {wanted}: choose --n-codebooks "
                          "and n_input_codebooks")
+    if model.config.n_latent not in (0, codec.vectors.shape[-1]):
+        raise CodecError(f"codec {codec.name}'s vectors have {codec.vectors.shape[-1]} numbers: choose n_latent")
     if RANK:
         dist.barrier()                                        # until it is prepared
     data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, lookahead=args.lookahead,
@@ -299,7 +301,11 @@ def main():
 
     # --- model, optimiser
     if not args.resume:
-        model.set_mel_statistics(*data.mel_statistics)
+        if model.config.n_latent:
+            frames = data.batch(args.seed, 0, 64, args.context)[2].transpose(0, 1).flatten(1)        # codes (K, T)
+            model.set_latents(codec.vectors[:model.config.n_input_codebooks].cpu(), frames[:, frames[0] != IGNORE])
+        else:
+            model.set_mel_statistics(*data.mel_statistics)
         model.to(device)
         if not RANK:
             last.unlink(missing_ok=True)                      # --overwrite: nothing must continue the old run now

@@ -19,7 +19,8 @@ window    `nano` with the Hann window of 1024 samples instead of ours, and with 
           one seed, as all but gap, streams, short and paper: exploratory
 leak      `nano` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which shows
           what of their gain is no leak
-streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; all eight codes instead of a mel
+streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel all eight codes as
+          embeddings, or as what the codec decodes them from: the sum of its own vectors, of one or of eight
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `nano`'s size; four
           trained on decoded mel, too
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
@@ -75,7 +76,9 @@ EXPERIMENTS = {                                               # question: {model
              for n in (192, 352, 512) for how, sign in (("leak", ""), ("cut", "-"))},
     "streams": {"nano-mel": [*NANO, "--set", "use_codes=False", "n_inner=656"],
                 **{f"nano-heard{k}": [*NANO, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
-                "nano-codes8": [*GPT, "--set", "n_input_codebooks=8"]},
+                "nano-codes8": [*GPT, "--set", "n_input_codebooks=8"],
+                **{f"nano-latents{k}": [*NANO, "--mel-codebooks", str(k), "--set", "n_latent=132",
+                                        f"n_input_codebooks={k}"] for k in (1, 8)}},
     "fuse": {"nano-add": [*NANO, "--set", "fuse=add", "n_inner=528"],
              **{f"nano-blocks{n}": [*NANO, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
                 for n, inner in ((0, 584), (2, 440), (4, 296))},

@@ -31,6 +31,7 @@ import data
 import tokens
 import train
 from model import HybridGPT, load_checkpoint
+from sample import generate
 from tokens import load_codec
 
 SCRIPT = Path(train.__file__).absolute()
@@ -149,6 +150,20 @@ def test_a_checkpoint_holds_the_mel_statistics_of_the_training_frames(trained, r
     mean = np.load(run.cache / checkpoint["data_key"] / "mel_statistics.npz")["mean"]
     assert torch.allclose(model.mel_mean, torch.tensor(mean, dtype=torch.float32)) and mean.std() > 0
     assert not torch.equal(model.mel_whitening, torch.eye(80))
+
+
+def test_a_model_of_latents_holds_the_codecs_vectors_and_their_statistics_and_can_be_sampled(run, tiny_codec, tmp_path):
+    done = run(tmp_path, "--set", "n_latent=16", "n_input_codebooks=8")
+    assert done.code == 0, done.err
+    model, checkpoint = load_checkpoint(tmp_path / "out.pt")
+    assert torch.equal(model.codec_vectors, tiny_codec.vectors)
+    dataset = data.Dataset(run.cache / checkpoint["data_key"])
+    rows = np.concatenate([dataset.codes[start:end] for start, end in dataset.train]).astype(np.int64)
+    latents = tiny_codec.model.quantizer.vq.decode(torch.from_numpy(rows).T[:, None])[0].T                # (T, 16)
+    white = (latents - model.mel_mean) @ model.mel_whitening
+    assert white.mean(0).abs().max() < 0.3 and white.var().item() == pytest.approx(1, abs=0.3)
+    *_, (codes, _) = generate(model, tiny_codec, 3)
+    assert codes.shape == (1, 8, 1)
 
 
 def test_the_first_line_of_the_log_holds_every_option(trained):
@@ -666,6 +681,7 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--set", "mel_noise=nan"], ["at least 0"]),
     (["--set", "fuse=glue"], ["--set", "glue", "concat"]),
     (["--set", "n_input_codebooks=9"], ["8 codebooks", "n_input_codebooks"]),
+    (["--set", "n_latent=40"], ["vectors have 16 numbers", "n_latent"]),
     (["--batch-size", "many"], ["--batch-size"]),
     (["--accumulate", 3], ["--accumulate"]),
     (["--model", "gpt-5"], ["gpt-5"]),

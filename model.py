@@ -47,7 +47,7 @@ class Config:
     n_mel_layer: int = 1             # light causal blocks over the mel frames
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
     n_mels: int = 80
-    n_latent: int = 0                # 132 (codec mini): the mel branch hears the codes read, as the codec's own vectors
+    n_latent: int = 0                # 132 for mini: in place of the mel the codec's vectors of the codes read, summed
     mel_noise: float = 0.0           # standard deviation of what is added to the whitened mel in training
     n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
     n_depth_layer: int = 2           # blocks over depth, if K > 1
@@ -169,8 +169,10 @@ class HybridGPT(nn.Module):
             raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer, n_latent and mel_noise at "
                              "least 0")
         head_dim = c.n_embd // c.n_head
-        if not (c.use_codes or c.use_mel) or c.n_latent and not c.use_mel:
-            raise ValueError("a model needs use_codes or use_mel, and for n_latent use_mel")
+        if not (c.use_codes or c.use_mel):
+            raise ValueError("a model needs use_codes or use_mel")
+        if c.n_latent and not c.use_mel:
+            raise ValueError("n_latent needs use_mel: the vectors take the mel's place")
         if c.fuse not in ("concat", "add"):
             raise ValueError(f'fuse "{c.fuse}" must be "concat" or "add"')
         if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim) or (
@@ -239,15 +241,16 @@ class HybridGPT(nn.Module):
         """The codec's vectors (n_input_codebooks, 1024, n_latent), kept with the weights, and in place of the mel's the
         statistics of what they add up to for some of the training split's codes (K, T)."""
         self.codec_vectors.copy_(vectors)
-        latents = self.latents(codes[None])[0]                                    # (T, n_latent)
-        self.set_mel_statistics(latents.mean(0), torch.cov(latents.T))
+        latents = self.latents(codes[None])[0].double()                           # (T, n_latent)
+        least = 1e-4 * vectors.double().var() * torch.eye(self.config.n_latent)   # one code alone has no variance
+        self.set_mel_statistics(latents.mean(0), torch.cov(latents.T) + least)
 
     def forward(self, codes, mel, targets=None, cache=None, depth_frames=None):
         """Logits of the next coarse code at every position, and the losses.
 
         codes (B, K, T) int64, of which the first n_input_codebooks rows are read (the presets read one, the coarse
             code); START in the coarse row at the position before a clip
-        mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None without a mel branch
+        mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None if none is heard
         targets (B, n_codebooks or more, T) int64 or None: the next frames' codes, IGNORE where none counts
         cache: a `Cache`, then T is 1 and the positions before this one are remembered
         depth_frames (n,) int64: the positions whose finer codes count, all by default
@@ -285,8 +288,9 @@ class HybridGPT(nn.Module):
 
         if self.config.use_codes:
             x = self.code_embedding(codes[:, 0])                                  # (B, T, n_embd)
-            for k in range(1, 1 if self.config.n_latent else self.config.n_input_codebooks):
-                x = x + self.finer_embedding[k - 1][codes[:, k]].masked_fill(at_start, 0.0)
+            if hasattr(self, "finer_embedding"):
+                for k in range(1, self.config.n_input_codebooks):
+                    x = x + self.finer_embedding[k - 1][codes[:, k]].masked_fill(at_start, 0.0)
         if self.config.use_mel:
             mel = self.latents(codes) if self.config.n_latent else mel
             mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
@@ -310,8 +314,8 @@ class HybridGPT(nn.Module):
 
     def latents(self, codes):
         """What the codec decodes codes (B, K, T) from: the vectors they stand for, summed, (B, T, n_latent)."""
-        codes = codes[:, :self.config.n_input_codebooks].clamp(0, CODEBOOK_SIZE - 1).transpose(1, 2)        # (B, T, K)
-        return self.codec_vectors[torch.arange(codes.shape[-1], device=codes.device), codes].sum(dim=2)
+        codes = codes.masked_fill(codes == START, 0)          # a position whose mel does not count, whatever it is
+        return sum(vectors[codes[:, k]] for k, vectors in enumerate(self.codec_vectors))
 
     def finer_logits(self, x, codes):
         """Within one frame: x (n, n_embd) of the stack, its codes so far (n, k), coarse first -> (n, k, 1024).

@@ -207,7 +207,7 @@ def table(datasets):
     """Two markdown tables from results/: each model at its learning rate, and what each hybrid gains over its twin."""
     models = ["| dataset | model | parameters | lr | val NLL by seed | mean ± sd | perplexity | accuracy | unigram |",
               "|---|---|---|---|---|---|---|---|---|"]
-    gains = ["| dataset | gain of | over | shown the mel of | by seed | mean | 95 % interval |",
+    gains = ["| dataset | gain of | over | shown the mel (or vectors) of | by seed | mean | 95 % interval |",
              "|---|---|---|---|---|---|---|"]
     made = set()
     for dataset in map(label, datasets):

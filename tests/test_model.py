@@ -17,7 +17,7 @@ HYBRID = Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, conte
 TOKENS, MEL = replace(HYBRID, use_mel=False), replace(HYBRID, use_codes=False)
 DEEP = replace(HYBRID, n_codebooks=4, n_depth_embd=16)
 READER, ADDER = replace(HYBRID, n_input_codebooks=3), replace(HYBRID, fuse="add")
-LATENT = replace(READER, n_latent=80)
+LATENT = replace(READER, n_latent=96)
 EACH = pytest.mark.parametrize("config", [HYBRID, TOKENS, MEL, DEEP, READER, ADDER, LATENT],
                                ids=["hybrid", "token-only", "mel-only", "deep", "reader", "adder", "latent"])
 
@@ -27,7 +27,7 @@ def make(config):
     torch.manual_seed(0)
     model = HybridGPT(config).eval()
     if config.n_latent:
-        model.set_latents(torch.randn(3, 1024, 80), torch.randint(1024, (3, 500)))
+        model.set_latents(torch.randn(3, 1024, 96), torch.randint(1024, (3, 500)))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3 if p.std() < 0.1 else 1)
@@ -340,9 +340,15 @@ def test_mel_statistics_survive_a_checkpoint(tmp_path):
 @torch.no_grad()
 def test_latents_are_the_sum_of_the_vectors_of_the_codes_that_are_read():
     model, (codes, _, _) = make(LATENT), inputs(12)
-    latents = model.latents(codes)                            # (2, 12, 12)
+    latents = model.latents(codes)                            # (2, 12, 96)
     by_hand = [sum(model.codec_vectors[k, codes[1, k, t]] for k in range(3)) for t in range(1, 12)]
     torch.testing.assert_close(latents[1, 1:], torch.stack(by_hand))
+
+
+def test_a_codebook_of_which_one_code_is_used_is_not_blown_up():
+    model = HybridGPT(LATENT)
+    model.set_latents(torch.randn(3, 1024, 96), torch.full((3, 50), 7))
+    assert ((model.latents(torch.full((1, 3, 1), 8)) - model.mel_mean) @ model.mel_whitening).abs().max() < 1000
 
 
 def test_a_model_of_latents_needs_no_mel_and_hears_the_finer_codes_it_reads_and_nothing_at_the_start():
@@ -423,7 +429,7 @@ def test_what_enters_the_stack_has_variance_one_whichever_branches_there_are(con
             block.register_forward_pre_hook(lambda _, inputs, name=name: entered.update({name: inputs[0].var()}))
     codes = torch.randint(1024, (4, 4, 64))
     if config.n_latent:
-        model.set_latents(torch.randn(3, 1024, 80) - 5, torch.randint(1024, (3, 2000)))
+        model.set_latents(torch.randn(3, 1024, 96) - 5, torch.randint(1024, (3, 2000)))
     model(codes, torch.randn(4, 64, 80), codes)
     assert 0.85 < entered["blocks"] < 1.15 and 0.8 < entered.get("mel_blocks", 1) < 1.2
     assert 0.85 < entered.get("depth_blocks", 1) < 1.15                              # the state; a code adds little

@@ -242,7 +242,7 @@ class HybridGPT(nn.Module):
         statistics of what they add up to for some of the training split's codes (K, T)."""
         self.codec_vectors.copy_(vectors)
         latents = self.latents(codes[None])[0].double()                           # (T, n_latent)
-        least = 1e-4 * vectors.double().var() * torch.eye(self.config.n_latent)   # one code alone has no variance
+        least = 1e-5 * vectors.double().var() * torch.eye(self.config.n_latent)   # one code alone has no variance
         self.set_mel_statistics(latents.mean(0), torch.cov(latents.T) + least)
 
     def forward(self, codes, mel, targets=None, cache=None, depth_frames=None):

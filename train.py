@@ -302,7 +302,7 @@ def main():
     # --- model, optimiser
     if not args.resume:
         if model.config.n_latent:
-            frames = data.batch(args.seed, 0, 64, args.context)[2].transpose(0, 1).flatten(1)        # codes (K, T)
+            frames = data.batch(args.seed, 0, 1024, args.context)[2].transpose(0, 1).flatten(1)        # codes (K, T)
             model.set_latents(codec.vectors[:model.config.n_input_codebooks].cpu(), frames[:, frames[0] != IGNORE])
         else:
             model.set_mel_statistics(*data.mel_statistics)

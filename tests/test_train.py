@@ -158,7 +158,7 @@ def test_a_model_of_latents_holds_the_codecs_vectors_and_their_statistics_and_ca
     model, checkpoint = load_checkpoint(tmp_path / "out.pt")
     assert torch.equal(model.codec_vectors, tiny_codec.vectors)
     dataset = data.Dataset(run.cache / checkpoint["data_key"])
-    frames = dataset.batch(0, 0, 64, 32)[2].transpose(0, 1).flatten(1)
+    frames = dataset.batch(0, 0, 1024, 32)[2].transpose(0, 1).flatten(1)
     frames = frames[:, frames[0] >= 0]                                        # without padding, (8, T)
     mean = tiny_codec.model.quantizer.vq.decode(frames[:, None])[0].mean(1)
     torch.testing.assert_close(model.mel_mean, mean, atol=1e-5, rtol=1e-4)

@@ -348,7 +348,7 @@ def test_latents_are_the_sum_of_the_vectors_of_the_codes_that_are_read():
 def test_a_codebook_of_which_one_code_is_used_is_not_blown_up():
     model = HybridGPT(LATENT)
     model.set_latents(torch.randn(3, 1024, 96), torch.full((3, 50), 7))
-    assert ((model.latents(torch.full((1, 3, 1), 8)) - model.mel_mean) @ model.mel_whitening).abs().max() < 1000
+    assert ((model.latents(torch.full((1, 3, 1), 8)) - model.mel_mean) @ model.mel_whitening).abs().max() < 1e4
 
 
 def test_a_model_of_latents_needs_no_mel_and_hears_the_finer_codes_it_reads_and_nothing_at_the_start():

@@ -8,7 +8,8 @@ model.py: one hybrid transformer. It reads two views of the same 1/75 s of audio
 
 The discrete side makes the output a distribution that can be sampled and scored; the continuous side brings what the
 coarse code has thrown away, without a single position more (Whisper-GPT, arXiv 2412.11449, figure 1). A token-only
-GPT and a mel-only model are this same class with one branch switched off.
+GPT and a mel-only model are this same class with one branch switched off; with n_latent the continuous side is not the
+mel but what the codec itself turns codes into, the sum of their vectors.
 
 With n_codebooks > 1 a second, small transformer runs over *depth*, inside each frame: it sees what the stack knows and
 the codes already chosen for the next frame, and predicts the next finer one (as RQ-Transformer, 2203.01941, does):

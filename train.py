@@ -281,7 +281,8 @@ def main():
         raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {wanted}: choose --n-codebooks "
                          "and n_input_codebooks")
     if model.config.n_latent not in (0, codec.vectors.shape[-1]):
-        raise CodecError(f"codec {codec.name}'s vectors have {codec.vectors.shape[-1]} numbers: choose n_latent")
+        raise CodecError(f"codec {codec.name}'s vectors have {codec.vectors.shape[-1]} numbers, which is what n_latent "
+                         f"must be, not {model.config.n_latent}")
     if RANK:
         dist.barrier()                                        # until it is prepared
     data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, lookahead=args.lookahead,

@@ -16,7 +16,7 @@ gap       what is gained with the recording's mel, and what is left of it with t
           and `nano-gpt-all` predict all eight, as the presets do, and `nano-all` is trained on that mel, too. Hybrids
           are scored with the mel of the original, of eight codebooks and of one
 window    `nano` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our kind;
-          one seed, as all but gap, streams, short and paper: exploratory
+          one seed, as all but gap, streams, shipped, short and paper: exploratory
 leak      `nano` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which shows
           what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel all eight codes as
@@ -25,8 +25,9 @@ fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4
           trained on decoded mel, too
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
           inverse proportion to the width
-steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long
+steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long, `nano-all` twice
 noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
+shipped   the recipe of the models in assets/: `nano-all` with noise, `nano-gpt-all` without, for 600 steps; three seeds
 context   `nano`, `nano-heard` and `nano-gpt` with more and fewer positions, as many targets a step: the longer, the
           fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
@@ -85,9 +86,11 @@ EXPERIMENTS = {                                               # question: {model
              "nano-heard-blocks4": [*HEARD, "--set", "n_mel_layer=4", "n_inner=296"]},
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
              for n in (64, 192) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
-    "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
-    "noise": {"nano-all-noise": [*NANO_ALL, "--mel-codebooks", "8", "--set", "mel_noise=0.5"],
-              "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
+    "steps": {**{f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
+              "nano-all-steps600": [*NANO_ALL, "--steps", "600"]},
+    "noise": {"nano-all-noise": [*NANO_ALL, "--set", "mel_noise=0.5"], "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
+    "shipped": {"nano-all-noise-steps600": [*NANO_ALL, "--steps", "600", "--set", "mel_noise=0.5"],
+                "nano-gpt-all-steps600": [*GPT_ALL, "--steps", "600"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (32, 64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32": [*options, *SHORT] for name, options in TRIO.items()},
@@ -98,8 +101,9 @@ MODELS = {model: options for models in EXPERIMENTS.values() for model, options i
 TWINS = {model: ["gpt-m", "gpt-s", "gpt-l"] for model in ("hybrid", "hybrid-heard")}
 for model, options in MODELS.items():
     if "gpt" not in model and model not in TWINS:
-        twin = model.replace("-heard", "").replace("nano", "nano-gpt", 1)
+        twin = model.replace("-heard", "").replace("-noise", "").replace("nano", "nano-gpt", 1)
         TWINS[model] = [twin if twin in MODELS else "nano-gpt" if "--n-codebooks" in options else "nano-gpt-all"]
+MANY = ("gap", "streams", "shipped", "short", "paper")        # questions asked with several seeds
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -256,7 +260,7 @@ def main():
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, of gap, streams, short and paper (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help=f"how many, of {', '.join(MANY)} (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: one thread a run (default: cpu)")
     parser.add_argument("--table", action="store_true", help="print the table of the results that exist")
@@ -276,7 +280,7 @@ def main():
             best = dict(sorted(search, key=nll.get, reverse=True))            # of each model the last, lowest, stays
             runs = []
             for question in args.only:
-                seeds = range(args.seeds if question in ("gap", "streams", "short", "paper") else 1)
+                seeds = range(args.seeds if question in MANY else 1)
                 for model, options in EXPERIMENTS[question].items():
                     lr, width = best.get(model, best[options[1]]), re.search(r"width(\d+)", model)
                     if width:

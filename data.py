@@ -5,7 +5,7 @@ data.py: a dataset's name, or a folder of audio, becomes aligned arrays on disk,
                              └──▶ log_mel ─▶ mel.npy  (frames, 80) float16   to the same 1/75 s of the same clip
 
 The mel is the original audio's, or, with mel_codebooks, that of the audio which so many codebooks decode to: what a
-model sees when it samples.
+model sees when it samples. With latents the decoder's input stands in its place, the sum of so many codes' vectors.
 
     clips.npy            (clips, 2) int64, first row and one past the last row of every clip
     mel_statistics.npz   mean and covariance of the training split's mel
@@ -94,19 +94,19 @@ def read_blocks(path, n):
     yield rest
 
 
-def encode_files(paths, codec, mel_codebooks=0, lookahead=0, window=WINDOW):
+def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
     """Encode files side by side, block by block: yields (i, codes (t, K) uint16, mel (t, 80) float16) of paths[i].
 
     Everything is causal, so a file that ends before others is padded and what the padding gives is left out. At the
     end of each file comes (i, problem, None), problem: None, or why it cannot be used.
-    mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. lookahead,
-    window: as in `log_mel`.
+    mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. latents: in
+    place of that mel what it is decoded from, (t, C). lookahead, window: as in `log_mel`.
     """
     block_size = BLOCK if codec.device.type == "cuda" else max(BLOCK // len(paths) // HOP, 1) * HOP      # bounds memory
     encoder, spectrogram = codec.stream_encoder(), StreamingLogMel(lookahead, window)
     decoder = codec.stream_decoder() if mel_codebooks else None
     readers, waiting = {i: read_blocks(path, block_size) for i, path in enumerate(paths)}, set(range(len(paths)))
-    n_samples, problems, done, decoded, codes = [0] * len(paths), {}, 0, 0, None
+    n_samples, problems, done, codes = [0] * len(paths), {}, 0, None
     while waiting:
         waves, longest, flush = np.zeros((len(paths), block_size), np.float32), 0, not readers
         for i, reader in list(readers.items()):
@@ -123,12 +123,10 @@ def encode_files(paths, codec, mel_codebooks=0, lookahead=0, window=WINDOW):
         wave = torch.from_numpy(waves[:, :max(0, lookahead) if flush else longest]).to(codec.device)
         new = encoder.push(wave)                              # (B, K, t)
         codes = new if codes is None else torch.cat([codes, new], dim=-1)
-        if decoder and not flush:
-            wave = decoder.push(new[:, :mel_codebooks])
-            for i, n in enumerate(n_samples):                 # a mel that looks ahead must not see decoded padding
-                wave[i, max(0, n // HOP * HOP - decoded):] = 0
-            decoded += wave.shape[1]
-        mel = spectrogram.push(wave)                          # (B, u, 80); with a lookahead they come later
+        if latents:
+            mel = codec.latents(new[:, :mel_codebooks]).mT    # (B, t, C)
+        else:                                                 # (B, u, 80); with a lookahead they come later
+            mel = spectrogram.push(decoder.push(new[:, :mel_codebooks]) if decoder else wave)
         ready, codes = codes[..., :mel.shape[1]], codes[..., mel.shape[1]:]
         for i in sorted(waiting):
             n = max(0, min(n_samples[i] // HOP - done, mel.shape[1]))
@@ -153,7 +151,7 @@ def find_audio(dataset, cache=CACHE):
     else:
         folder = BUNDLED.get(dataset, Path(os.path.expanduser(dataset)))
         tops = [folder]
-    if not folder.is_dir():
+    if not (dataset and folder.is_dir()):                     # "": a shell variable that is not set
         raise DataError(f"no dataset '{dataset}': use {', '.join([*BUNDLED, *CORPORA])}, or the path of a folder of "
                         "audio files")
     if Path(cache).resolve().is_relative_to(folder.resolve()):
@@ -206,19 +204,22 @@ def split_clips(names, dataset=None):
     return [h < threshold for h in hashes]
 
 
-def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead=0, window=WINDOW):
+def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
     """Encode a dataset with a codec, unless that is done already, and open it.
 
-    dataset: `speech`, `music`, a name of corpora.py or a folder, searched recursively. mel_codebooks, lookahead,
-    window: as in `encode_files`. Returns a `Dataset`. The cache lies in `cache/`, under a key made of everything that
-    its content depends on: files (path, size, time), codec and its checksum, mel settings. Files that cannot be used
-    are skipped and named in one line.
+    dataset: `speech`, `music`, a name of corpora.py or a folder, searched recursively. mel_codebooks, latents,
+    lookahead, window: as in `encode_files`. Returns a `Dataset`. The cache lies in `cache/`, under a key made of
+    everything that its content depends on: files (path, size, time), codec and its checksum, mel settings. Files that
+    cannot be used are skipped and named in one line.
     Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be had, or the disk is full
     or must not be written to.
     """
     if not 0 <= mel_codebooks <= codec.n_codebooks:
         raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
                         f"{mel_codebooks} decode to")
+    if lookahead and mel_codebooks or latents and not mel_codebooks:
+        raise DataError("a lookahead goes with the mel of recordings (--mel-codebooks 0), latents with 1 codebook or "
+                        "more")
     try:
         check_window(lookahead, window)
     except ValueError as error:
@@ -228,7 +229,8 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead
     sizes = [(folder / name).stat() for name in names]
     files = [(name, size.st_size, size.st_mtime_ns) for name, size in zip(names, sizes)]
     made_with = {"format": 2, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
-                 "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "n_mels": N_MELS, "mel_floor": FLOOR,
+                 "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "mel_floor": FLOOR,
+                 "n_mels": codec.vectors.shape[-1] if latents else N_MELS, "latents": latents,
                  "mel_codebooks": mel_codebooks, "lookahead": lookahead, "window": window}
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
@@ -252,7 +254,8 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, lookahead
 
 
 class _Encoding(torch.utils.data.IterableDataset):
-    """Batches of files to encode into the folder `home`, shared out among a DataLoader's processes.
+    """Batches of files to encode into the folder `home`, shared out among a DataLoader's processes (which, unlike
+    those of a pool, end when the one that started them is killed).
 
     Of each file I that is done it yields (I, None), and home/I.clip holds its frames; or (I, why it cannot be used).
     """
@@ -272,7 +275,7 @@ class _Encoding(torch.utils.data.IterableDataset):
     def encode(self, batch):
         # a number of its own for each process: one whose parent was killed may still be at work
         parts = [self.home / f"{i}.{os.getpid()}.part" for i in batch]
-        mel_is = {key: self.made_with[key] for key in ("mel_codebooks", "lookahead", "window")}
+        mel_is = {key: self.made_with[key] for key in ("mel_codebooks", "latents", "lookahead", "window")}
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
             paths = [self.folder / self.files[clip][0] for clip in batch]
@@ -292,7 +295,7 @@ class _Encoding(torch.utils.data.IterableDataset):
 
 def _row(made_with):
     """One frame as it lies in a .clip file."""
-    return np.dtype([("codes", np.uint16, (made_with["n_codebooks"],)), ("mel", np.float16, (N_MELS,))])
+    return np.dtype([("codes", np.uint16, (made_with["n_codebooks"],)), ("mel", np.float16, (made_with["n_mels"],))])
 
 
 def _encode(home, folder, files, codec, made_with, title, quiet):
@@ -356,7 +359,8 @@ def _join(home, dataset, name, names, made_with, problems):
         n_train = [length * (not val) for length, val in zip(lengths, is_val)]            # what trains of each file
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
-    n, total, products = 0, np.zeros(N_MELS), np.zeros((N_MELS, N_MELS))
+    n_mels = made_with["n_mels"]
+    n, total, products = 0, np.zeros(n_mels), np.zeros((n_mels, n_mels))
     with open(home / "codes.npy", "wb") as codes, open(home / "mel.npy", "wb") as mels:
         for file, field in (codes, "codes"), (mels, "mel"):
             dtype, width = row[field].subdtype
@@ -371,7 +375,7 @@ def _join(home, dataset, name, names, made_with, problems):
                     n, left = n + len(part), left - len(part)
                     total, products = total + part.sum(0), products + part.T @ part
     mean = total / n
-    covariance = products / n - np.outer(mean, mean) + 1e-4 * np.eye(N_MELS)      # silence alone has no variance
+    covariance = products / n - np.outer(mean, mean) + 1e-4 * np.eye(n_mels)      # silence alone has no variance
     np.savez(home / "mel_statistics.npz", mean=mean, covariance=covariance)
     np.save(home / "clips.npy", clips.astype(np.int64))
     meta = {"dataset": name, **made_with, "n_frames": n_frames, "train_frames": n, "val_frames": n_frames - n,
@@ -405,7 +409,7 @@ class Dataset:
             self.train, self.val = clips[~is_val], clips[is_val]
             codes, mel = self.codes, self.mel
             fits = (codes.dtype == np.uint16 and mel.dtype == np.float16 and clips.dtype == np.int64
-                    and len(codes) == len(mel) and mel.shape[1] == N_MELS
+                    and len(codes) == len(mel) and mel.shape[1] == len(self.mel_statistics[0])
                     and 0 <= clips.min() <= clips.max() <= len(codes) and (clips[:, 0] < clips[:, 1]).all()
                     and len(self.train) and len(self.val))
         except Exception as error:                            # damaged arrays make numpy raise almost anything
@@ -476,7 +480,8 @@ class Dataset:
 
     def unigram_nll(self):
         """Cross-entropy (nats) of the validation targets under add-one counts of the training targets."""
-        train, val = (sum(np.bincount(self.codes[start:end, 0], minlength=CODEBOOK_SIZE)[:CODEBOOK_SIZE]
+        codes = self.codes
+        train, val = (sum(np.bincount(codes[start:end, 0], minlength=CODEBOOK_SIZE)[:CODEBOOK_SIZE]
                           for start, end in clips) for clips in (self.train, self.val))
         log_p = np.log((train + 1) / (train.sum() + CODEBOOK_SIZE))
         return float(-(val * log_p).sum() / val.sum())

@@ -177,7 +177,7 @@ class StreamingLogMel:
             self.tail = samples.new_zeros(*samples.shape[:-1], N_FFT - HOP - max(0, self.lookahead))
         wave = torch.cat([self.tail, samples], dim=-1)
         n_frames = max(0, (wave.shape[-1] - (N_FFT - HOP)) // HOP)
-        self.tail = wave[..., n_frames * HOP:]
+        self.tail = wave[..., n_frames * HOP:].clone()                            # a view would keep all of wave
         if n_frames == 0:                      # nothing to unfold
             return samples.new_zeros(*samples.shape[:-1], 0, N_MELS)
         return _log_mel(wave.unfold(-1, N_FFT, HOP), self.lookahead, self.window)

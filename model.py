@@ -8,11 +8,11 @@ model.py: one hybrid transformer. It reads two views of the same 1/75 s of audio
 
 The discrete side makes the output a distribution that can be sampled and scored; the continuous side brings what the
 coarse code has thrown away, without a single position more (Whisper-GPT, arXiv 2412.11449, figure 1). A token-only
-GPT and a mel-only model are this same class with one branch switched off; with n_latent the continuous side is not the
-mel but what the codec itself turns codes into, the sum of their vectors.
+GPT and a mel-only model are this same class with one branch switched off.
 
 With n_codebooks > 1 a second, small transformer runs over *depth*, inside each frame: it sees what the stack knows and
-the codes already chosen for the next frame, and predicts the next finer one (as RQ-Transformer, 2203.01941, does):
+the codes already chosen for the next frame, and predicts the next finer one (as in Moshi, 2410.00037, after
+RQ-Transformer, 2203.01941):
 
     stack's output ─┬─ head ────────── code 1          time and depth are two clocks: a frame stays one position
                     └─ depth blocks ── code 2 ... K    of the stack, and the stack still reads code 1 and mel only
@@ -22,8 +22,11 @@ Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fus
     >>> model = HybridGPT(PRESETS["nano"])               # K = 8
     >>> logits, losses = model(codes, mel, targets)      # (B, K, T), (B, T, 80), (B, K, T) -> (B, T, 1024), (K,)
 """
+import io
 import math
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -47,8 +50,7 @@ class Config:
     fuse: str = "concat"             # how the branches meet: "concat", as in the paper, or "add"
     n_mel_layer: int = 1             # light causal blocks over the mel frames
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
-    n_mels: int = 80
-    n_latent: int = 0                # 132 for mini: in place of the mel the codec's vectors of the codes read, summed
+    n_mels: int = 80                 # numbers that the mel branch is shown of a frame
     mel_noise: float = 0.0           # standard deviation of what is added to the whitened mel in training
     n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
     n_depth_layer: int = 2           # blocks over depth, if K > 1
@@ -166,14 +168,13 @@ class HybridGPT(nn.Module):
         super().__init__()
         c = self.config = config
         if min(c.n_layer, c.n_head, c.n_embd, c.n_inner, c.n_mel_embd, c.n_depth_embd, c.n_input_codebooks,
-               c.n_codebooks, c.context) < 1 or not min(c.mel_noise, c.n_mel_layer, c.n_depth_layer, c.n_latent) >= 0:
-            raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer, n_latent and mel_noise at "
-                             "least 0")
+               c.n_codebooks, c.context) < 1 or not min(c.mel_noise, c.n_mel_layer, c.n_depth_layer) >= 0:
+            raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer and mel_noise at least 0")
         head_dim = c.n_embd // c.n_head
         if not (c.use_codes or c.use_mel):
             raise ValueError("a model needs use_codes or use_mel")
-        if c.n_latent and not c.use_mel:
-            raise ValueError("n_latent needs use_mel: the vectors take the mel's place")
+        if c.n_input_codebooks > 1 and not c.use_codes:
+            raise ValueError("n_input_codebooks needs use_codes")
         if c.fuse not in ("concat", "add"):
             raise ValueError(f'fuse "{c.fuse}" must be "concat" or "add"')
         if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim) or (
@@ -182,15 +183,12 @@ class HybridGPT(nn.Module):
                              f"{c.n_mel_embd} and n_depth_embd {c.n_depth_embd} multiples of that size")
         if c.use_codes:
             self.code_embedding = nn.Embedding(CODEBOOK_SIZE + 1, c.n_embd)       # + 1: START
-            if c.n_input_codebooks > 1 and not c.n_latent:
+            if c.n_input_codebooks > 1:
                 self.finer_embedding = nn.Parameter(torch.empty(c.n_input_codebooks - 1, CODEBOOK_SIZE, c.n_embd))
         if c.use_mel:
-            if c.n_latent:
-                self.register_buffer("codec_vectors", torch.zeros(c.n_input_codebooks, CODEBOOK_SIZE, c.n_latent))
-            heard = c.n_latent or c.n_mels                                        # numbers a frame
-            self.register_buffer("mel_mean", torch.zeros(heard))
-            self.register_buffer("mel_whitening", torch.eye(heard))
-            self.mel_in = nn.Linear(heard, c.n_mel_embd, bias=False)
+            self.register_buffer("mel_mean", torch.zeros(c.n_mels))
+            self.register_buffer("mel_whitening", torch.eye(c.n_mels))
+            self.mel_in = nn.Linear(c.n_mels, c.n_mel_embd, bias=False)
             self.mel_blocks = nn.ModuleList(
                 Block(c.n_mel_embd, 2 * c.n_mel_embd, head_dim, c.dropout) for _ in range(c.n_mel_layer))
             width = c.n_mel_embd + c.n_embd * (c.use_codes and c.fuse == "concat")
@@ -214,7 +212,7 @@ class HybridGPT(nn.Module):
         # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too.
         # Below, how many terms of variance 1 each weight sums. finer_embedding and depth_embedding stay small: they are
         # thousands of rarely used random vectors, which at full size drown what they are added to until each is learnt
-        terms = {"mel_in.weight": c.n_latent or c.n_mels, "code_embedding.weight": 1,
+        terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": 1,
                  "fuse.weight": c.use_mel and self.fuse.in_features, "depth_in.weight": c.n_embd}
         for name, n in terms.items():
             if hasattr(self, name.split(".")[0]):
@@ -238,14 +236,6 @@ class HybridGPT(nn.Module):
             self.mel_mean.copy_(torch.as_tensor(mean))
             self.mel_whitening.copy_(directions * scale)
 
-    def set_latents(self, vectors, codes):
-        """The codec's vectors (n_input_codebooks, 1024, n_latent), kept with the weights, and in place of the mel's the
-        statistics of what they add up to for some of the training split's codes (K, T)."""
-        self.codec_vectors.copy_(vectors)
-        latents = self.latents(codes[None])[0].double()                           # (T, n_latent)
-        least = 1e-5 * vectors.double().var() * torch.eye(self.config.n_latent)   # one code alone has no variance
-        self.set_mel_statistics(latents.mean(0), torch.cov(latents.T) + least)
-
     def forward(self, codes, mel, targets=None, cache=None, depth_frames=None):
         """Logits of the next coarse code at every position, and the losses.
 
@@ -256,12 +246,12 @@ class HybridGPT(nn.Module):
         cache: a `Cache`, then T is 1 and the positions before this one are remembered
         depth_frames (n,) int64: the positions whose finer codes count, all by default
         Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,), 0 where nothing
-        counts; without targets, in place of the losses, the stack's output (B, T, n_embd), which `finer_logits` takes.
+        counts; without targets, in place of the losses, None.
         """
         x = self.stack(codes, mel, cache)                                         # (B, T, n_embd)
         logits = self.head(x)                                                     # (B, T, 1024)
         if targets is None:
-            return logits, x
+            return logits, None
         nll = lambda scores, codes: F.cross_entropy(scores.float(), codes, ignore_index=IGNORE, reduction="sum") / (
             codes != IGNORE).sum().clamp(min=1)
         losses = [nll(logits.flatten(0, 1), targets[:, 0].flatten())]
@@ -274,7 +264,8 @@ class HybridGPT(nn.Module):
         return logits, torch.stack(losses)
 
     def stack(self, codes, mel, cache=None):
-        """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> what each position knows (B, T, n_embd)."""
+        """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> what each position knows (B, T, n_embd), for
+        `head` and `finer_logits`."""
         T, at_start = codes.shape[2], (codes[:, 0] == START)[..., None]           # (B, T, 1)
         context, start = self.config.context, cache.position if cache else 0
         if cache and T != 1:
@@ -289,11 +280,9 @@ class HybridGPT(nn.Module):
 
         if self.config.use_codes:
             x = self.code_embedding(codes[:, 0])                                  # (B, T, n_embd)
-            if hasattr(self, "finer_embedding"):
-                for k in range(1, self.config.n_input_codebooks):
-                    x = x + self.finer_embedding[k - 1][codes[:, k]].masked_fill(at_start, 0.0)
+            for k in range(1, self.config.n_input_codebooks):
+                x = x + self.finer_embedding[k - 1][codes[:, k]].masked_fill(at_start, 0.0)
         if self.config.use_mel:
-            mel = self.latents(codes) if self.config.n_latent else mel
             mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
             if self.training and self.config.mel_noise:
                 mel = mel + self.config.mel_noise * torch.randn_like(mel)
@@ -312,11 +301,6 @@ class HybridGPT(nn.Module):
         if cache:
             cache.position += 1
         return norm(x)
-
-    def latents(self, codes):
-        """What the codec decodes codes (B, K, T) from: the vectors they stand for, summed, (B, T, n_latent)."""
-        codes = codes.masked_fill(codes == START, 0)          # a position whose mel does not count, whatever it is
-        return sum(vectors[codes[:, k]] for k, vectors in enumerate(self.codec_vectors))
 
     def finer_logits(self, x, codes):
         """Within one frame: x (n, n_embd) of the stack, its codes so far (n, k), coarse first -> (n, k, 1024).
@@ -344,6 +328,26 @@ FORMAT = "whisper-gpt-5"             # weights of format 4 would load, but knew 
 def to_checkpoint(model, **facts):
     """What a checkpoint holds: configuration, weights and `facts`; plain types and tensors only."""
     return {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **facts}
+
+
+def write_whole(path, content):
+    """Write bytes beside `path`, then rename: whatever happens, `path` is whole, the old or the new."""
+    beside = Path(f"{path}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save(path, content):
+    """A checkpoint into a file; first into memory, since torch would hide why a write failed."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getbuffer())
 
 
 def load_checkpoint(path, device="cpu"):

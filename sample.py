@@ -42,7 +42,7 @@ def load(path, device="cpu", codec=None, codec_dir=None):
     """A checkpoint of train.py -> (`HybridGPT` in eval mode, the `Codec` it was trained with, the checkpoint's dict).
 
     codec: a name for `load_codec`, None for the one that the checkpoint names. Raises CheckpointError for a checkpoint
-    that cannot be read, or of a model that reads codes it does not predict, or a mel that cannot be had while sampling;
+    that cannot be read, or of a model that reads codes it does not predict or hears what it could not while sampling;
     CodecError for a codec that is not the checkpoint's.
     """
     model, checkpoint = load_checkpoint(path, device)
@@ -52,6 +52,8 @@ def load(path, device="cpu", codec=None, codec_dir=None):
     if checkpoint["lookahead"] or tuple(checkpoint["window"]) != WINDOW:
         raise CheckpointError(f"{path} was trained on the mel of --lookahead {checkpoint['lookahead']} --window "
                               f"{' '.join(map(str, checkpoint['window']))}: it can be scored but not sampled")
+    if checkpoint.get("latents"):
+        raise CheckpointError(f"{path} was trained on --latents, not on a mel: it can be scored but not sampled")
     codec = load_codec(codec or checkpoint["codec"], device, codec_dir)
     if codec.checksum != checkpoint["codec_checksum"]:
         raise CodecError(f"{path} was trained on codes of codec {checkpoint['codec']} "
@@ -96,13 +98,13 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
     codes[:, 0] = START
     mel = torch.zeros(num, 1, model.config.n_mels, device=device)
     for t in range(n_prompt + n_frames):
-        logits, x = model(codes, mel, cache=cache)            # (B, 1, 1024), (B, 1, n_embd)
+        x = model.stack(codes, mel, cache)[:, 0]              # (B, n_embd)
         if t < n_prompt:
             codes = prompt[:, :, t:t + 1].expand(num, -1, 1).to(device)
         else:
-            chosen = draw(logits[:, 0], temperature, **how)[:, None]          # (B, k), coarse first
+            chosen = draw(model.head(x), temperature, **how)[:, None]         # (B, k), coarse first
             for _ in range(1, model.config.n_codebooks):
-                finer = model.finer_logits(x[:, 0], chosen)[:, -1]
+                finer = model.finer_logits(x, chosen)[:, -1]  # (B, 1024)
                 chosen = torch.cat([chosen, draw(finer, finer_temperature, **how)[:, None]], dim=1)
             codes = chosen[:, :, None]
         wave = decoder.push(codes.to(codec.device))           # (B, 320)
@@ -150,7 +152,7 @@ def main():
         sys.exit(f"error: cannot write {out}: --out takes a .wav or .flac file in an existing, writable folder")
     model, codec, checkpoint = load(args.ckpt, choose_device(args.device), args.codec, args.codec_dir)
     trained_on, heard = checkpoint["mel_codebooks"], model.config.n_codebooks
-    if model.config.use_mel and not model.config.n_latent and trained_on != heard:
+    if model.config.use_mel and trained_on != heard:
         print(f"note: {args.ckpt} learnt from the mel of {f'{trained_on} codebooks' if trained_on else 'recordings'} and "
               f"hears that of the {heard} it predicts: expect less of it than its NLL says", file=sys.stderr)
     prompt = None

@@ -19,8 +19,9 @@ Everything runs piece by piece (`stream_encoder`, `stream_decoder`): each layer 
 the past, so any split gives the result of one pass, and a file of any length needs the memory of ten seconds.
 """
 import hashlib
+import importlib.machinery
+import importlib.util
 import sys
-import types
 import warnings
 from pathlib import Path
 
@@ -29,7 +30,8 @@ import torch
 try:                                 # encodec imports torchaudio, which we never use. Its only wheel is built for
     import torchaudio                # noqa: F401   CUDA and fails to load beside a CPU build of torch: then, and
 except (ImportError, OSError):       # only then, an empty module of that name lets encodec import.
-    sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+    spec = importlib.machinery.ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = importlib.util.module_from_spec(spec)
 import encodec.model
 from encodec.model import EncodecModel
 from encodec.modules import SConv1d, SConvTranspose1d, SEANetDecoder, SEANetEncoder, SLSTM
@@ -118,7 +120,7 @@ class StreamEncoder:
                 run_piece(self.codec.model.encoder.model, silence, self.state)
         wave = torch.cat([self.rest, wave], dim=-1)
         whole = wave.shape[-1] // HOP * HOP
-        self.rest = wave[:, whole:]
+        self.rest = wave[:, whole:].clone()
         codes = [torch.empty(len(wave), self.n_codebooks, 0, dtype=torch.long, device=wave.device)]
         for piece in wave[:, :whole].split(PIECE, dim=-1):
             if piece.shape[-1]:
@@ -140,12 +142,11 @@ class StreamDecoder:
             self.state = {}
             if self.codec.silence_frames:
                 silence = self.codec.silence_codes[:, :codes.shape[1]].expand(len(codes), -1, -1)
-                run_piece(model.decoder.model, model.quantizer.decode(silence.transpose(0, 1)), self.state)
+                run_piece(model.decoder.model, self.codec.latents(silence), self.state)
         waves = [codes.new_zeros(len(codes), 0, dtype=torch.float32)]
         for piece in codes.split(PIECE // HOP, dim=-1):
             if piece.shape[-1]:
-                latents = model.quantizer.decode(piece.transpose(0, 1))                             # (B, C, t)
-                waves.append(run_piece(model.decoder.model, latents, self.state)[:, 0])
+                waves.append(run_piece(model.decoder.model, self.codec.latents(piece), self.state)[:, 0])
         return torch.cat(waves, dim=-1)
 
 
@@ -179,6 +180,10 @@ class Codec:
     def vectors(self):
         """What the codes stand for, (K, 1024, C): a frame is decoded from the sum of its K codes' vectors."""
         return torch.stack([layer.codebook for layer in self.model.quantizer.vq.layers])
+
+    def latents(self, codes):
+        """What the decoder is given for codes (B, K, T): the sum of the vectors that they stand for, (B, C, T)."""
+        return self.model.quantizer.decode(codes.transpose(0, 1))
 
     def quantize(self, latents, n_codebooks):
         """latents (B, C, T) -> codes (B, n_codebooks, T)."""
@@ -241,6 +246,8 @@ def load_codec(name="mini", device="cpu", folder=None):
     folder: where `encodec` finds its weights (a file encodec_24khz-d7cc33bc.th) instead of downloading them.
     Raises CodecError, in one line, when the weights are missing, damaged or not a codec's.
     """
+    if folder == "":                                          # a shell variable that is not set
+        raise CodecError("the folder of EnCodec's weights has an empty name")
     if name == "encodec":
         return _load_encodec(device, folder)
     if folder:

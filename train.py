@@ -16,7 +16,6 @@ compared.
 import argparse
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
@@ -35,11 +34,16 @@ from corpora import CORPORA, DISK_FULL
 from data import DataError, prepare
 from mel import WINDOW
 from model import (CODEBOOK_SIZE, DEPTH_EVERY, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
-                   load_checkpoint, to_checkpoint)
+                   load_checkpoint, save, to_checkpoint, write_whole)
 from tokens import CodecError, load_codec
 
-TORCHRUN = {"RANK", "WORLD_SIZE"} <= os.environ.keys()        # a scheduler may set one of them for its own purposes
+# what torchrun sets; a scheduler may set some of them for its own purposes
+TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
+
+SHOWN = ("dataset", "codec", "mel_codebooks", "latents", "lookahead", "window")     # options: what a model is shown,
+MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile")                    # what may differ after --resume,
+NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")             # and what is no part of the run
 
 
 def parse_arguments():
@@ -53,6 +57,8 @@ def parse_arguments():
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
     add("--mel-codebooks", type=int, metavar="K", help="show the mel of what the first K codebooks decode to, as in "
         "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
+    add("--latents", action="store_true", help="show in place of the mel what the codec decodes the first K codebooks "
+        "from, the sum of their vectors (models of these can be scored, not sampled)")
     add("--window", type=int, nargs=2, default=WINDOW, metavar=("RISE", "FALL"), help="shape of the mel's window, in "
         "samples; 512 512 is the Hann window (default: %(default)s; models of another can be scored, not sampled)")
     add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
@@ -72,7 +78,7 @@ def parse_arguments():
     add("--accumulate", type=int, default=1,
         help="split each batch into so many parts, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate; warm-up, then cosine to a tenth (default: 1.2e-2 for the "
-        "nano models, the best of four at 300 steps, 1e-3 for larger ones)")
+        "nano models, the best of four at 300 steps, 1e-3 for larger ones; in 400 steps 3e-3 to 6e-3 were better)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
@@ -118,11 +124,9 @@ def parse_arguments():
         parser.error("--eval wants a checkpoint")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
-    given = [word.split("=")[0][2:].removeprefix("no-") for word in sys.argv[1:] if word.startswith("--")]
-    args.given = {name.replace("-", "_") for name in given}
-    scoring = {"eval", "dataset", "codec", "codec_dir", "mel_codebooks", "lookahead", "window", "batch_size", "device",
-               "dtype"}
-    if args.eval and (others := sorted(args.given - scoring)):
+    no_defaults = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args))))
+    args.given = {name for name, value in vars(no_defaults).items() if value is not None}
+    if args.eval and (others := sorted(args.given - {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"})):
         parser.error(f"--eval scores a checkpoint as it is: --{others[0].replace('_', '-')} has no place beside it")
     return args
 
@@ -140,26 +144,6 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"error: device '{name}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
     return torch.device(name)
-
-
-def write_whole(path, content):
-    """Write bytes beside `path`, then rename: whatever happens, `path` is whole, the old or the new."""
-    beside = Path(f"{path}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def save(path, content):
-    """A checkpoint into a file; first into memory, since torch would hide why a write failed."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_whole(path, buffer.getbuffer())
 
 
 @torch.no_grad()
@@ -217,96 +201,144 @@ def terminated(*_):
     sys.exit(143)
 
 
+def settle(args, files):
+    """Give the options of a new run whose default depends on others their value; refuse to overwrite unasked."""
+    for path in files:
+        if path.exists() and path.stat().st_size and not args.overwrite:
+            sys.exit(f"error: {path} exists: choose another --out, continue it with --resume, or discard it "
+                     "with --overwrite")
+    args.codec = args.codec or ("encodec" if args.dataset in CORPORA else "mini")
+    args.lr = args.lr or (1.2e-2 if args.model.startswith("nano") else 1e-3)
+    args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
+    args.context = args.context or PRESETS[args.model].context
+    if args.mel_codebooks is None:
+        args.mel_codebooks = args.n_codebooks if args.n_codebooks > 1 else 0
+
+
+def new_model(args, codec):
+    """The untrained model that the options describe."""
+    config = dataclasses.replace(PRESETS[args.model], dropout=args.dropout, context=args.context,
+                                 n_codebooks=args.n_codebooks, **args.set)
+    if args.latents:
+        config.n_mels = codec.vectors.shape[-1]
+    torch.manual_seed(args.seed)
+    try:
+        model = HybridGPT(config)
+    except ValueError as error:
+        sys.exit(f"error: --set: {error}")
+    wanted = max(config.n_codebooks, config.n_input_codebooks)
+    if wanted > codec.n_codebooks:
+        raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {wanted}: choose --n-codebooks "
+                         "and n_input_codebooks")
+    return model
+
+
+def interrupted(args, last, device):
+    """What --resume continues: (model, checkpoint) of the file `last`; args become those the run was started with."""
+    model, checkpoint = load_checkpoint(last, device)
+    if "optimizer" not in checkpoint:
+        raise CheckpointError(f"{last} holds a model but no training state: --resume needs the one that an "
+                              "interrupted run leaves beside --out")
+    for name in sorted(args.given & checkpoint["args"].keys() - set(MAY_MOVE)):
+        if getattr(args, name) != checkpoint["args"][name]:
+            sys.exit(f"error: --{name.replace('_', '-')} differs from the run in {last} "
+                     f"({checkpoint['args'][name]}); --resume continues with the options it was started with")
+    vars(args).update({k: v for k, v in checkpoint["args"].items() if k not in args.given})
+    return model, checkpoint
+
+
+def its_codec(args, checkpoint, path, device):
+    """The codec of the checkpoint in `path`; `args` say where it is, and it must be the same."""
+    codec = load_codec(args.codec, device, args.codec_dir)
+    if checkpoint["codec_checksum"] != codec.checksum:
+        raise CheckpointError(f"{path} was trained on codes of codec {checkpoint['codec']} "
+                              f"({checkpoint['codec_checksum']}); {args.codec} here is {codec.checksum}")
+    return codec
+
+
+def open_data(args, codec):
+    """The dataset as `args` want it shown, prepared unless it is."""
+    return prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, latents=args.latents,
+                   lookahead=args.lookahead, window=tuple(args.window))
+
+
+def precision(args, device):
+    """The context that forward passes run in: bfloat16 where it is asked for, and on a GPU unless told otherwise."""
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
+
+
+def score(args, device):
+    """--eval: print a checkpoint's validation figures in one line of JSON."""
+    if WORLD > 1:
+        sys.exit("error: --eval takes one process: without torchrun")
+    model, checkpoint = load_checkpoint(args.eval, device)
+    for name in set(SHOWN) - args.given:
+        setattr(args, name, checkpoint.get(name, getattr(args, name)))            # assets/ was trained before --latents
+    codec = its_codec(args, checkpoint, args.eval, device)
+    data = open_data(args, codec)
+    figures, sums, counts = evaluate(model, data, args.batch_size, precision(args, device))
+    print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name,
+                      "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": args.window,
+                      **figures, "unigram_nll": data.unigram_nll(), "n_params": model.n_params(),
+                      **by_clip(sums, counts)}))
+
+
+def kept_log(path, step):
+    """What a run that continues at `step` keeps of its log: not what it is about to do again."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):       # cut off in mid-line
+            entry = json.loads(line)
+            if entry["step"] < step or entry["step"] == step and "val_nll" not in entry:
+                kept.append(line + "\n")
+    return "".join(kept).encode()
+
+
+def move(x, device):
+    """A batch's tensor to the device; to a GPU while the CPU goes on, for which the memory must be pinned."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def main():
     args = parse_arguments()
     signal.signal(signal.SIGTERM, terminated)                 # until the loop sees to it
     device = choose_device(args.device)
+    if args.eval:
+        return score(args, device)
     if WORLD > 1:
-        if args.eval:
-            sys.exit("error: --eval takes one process: without torchrun")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-        by_cpu = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        by_cpu = dist.new_group(backend="gloo", timeout=timedelta(days=1))        # to wait in without using a GPU
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
     if RANK:                                                  # the first process alone prepares, evaluates and writes
         log_path, sys.stdout = Path(os.devnull), open(os.devnull, "w")
 
-    # --- what the run is: from the command line, or from the checkpoint that is scored or continued
-    checkpoint = None
-    if args.eval:
-        model, checkpoint = load_checkpoint(args.eval, device)
-        for name in {"dataset", "codec", "mel_codebooks", "lookahead", "window"} - args.given:
-            setattr(args, name, checkpoint[name])
-    elif args.resume:
-        model, checkpoint = load_checkpoint(last, device)
-        if "optimizer" not in checkpoint:
-            raise CheckpointError(f"{last} holds a model but no training state: --resume needs the one that an "
-                                  "interrupted run leaves beside --out")
-        free = {"dataset", "codec", "codec_dir", "dtype", "compile"}          # may have moved; what they hold is checked
-        for name in sorted(args.given & checkpoint["args"].keys() - free):
-            if getattr(args, name) != checkpoint["args"][name]:
-                sys.exit(f"error: --{name.replace('_', '-')} differs from the run in {last} "
-                         f"({checkpoint['args'][name]}); --resume continues with the options it was started with")
-        vars(args).update({k: v for k, v in checkpoint["args"].items() if k not in args.given})
+    # --- what the run is: from the command line, or from the checkpoint that is continued
+    if args.resume:
+        model, checkpoint = interrupted(args, last, device)
     else:
-        for path in (out, last, log_path):
-            if path.exists() and path.stat().st_size and not args.overwrite:
-                sys.exit(f"error: {path} exists: choose another --out, continue it with --resume, or discard it "
-                         "with --overwrite")
-        args.codec = args.codec or ("encodec" if args.dataset in CORPORA else "mini")
-        args.lr = args.lr or (1.2e-2 if args.model.startswith("nano") else 1e-3)
-        args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
-        args.context = args.context or PRESETS[args.model].context
-        if args.mel_codebooks is None:
-            args.mel_codebooks = args.n_codebooks if args.n_codebooks > 1 else 0
-        config = dataclasses.replace(PRESETS[args.model], dropout=args.dropout, context=args.context,
-                                     n_codebooks=args.n_codebooks, **args.set)
-        torch.manual_seed(args.seed)
-        try:
-            model = HybridGPT(config)
-        except ValueError as error:
-            sys.exit(f"error: --set: {error}")
-    if not args.eval and args.batch_size % (args.accumulate * WORLD):
+        settle(args, (out, last, log_path))
+    if args.batch_size % (args.accumulate * WORLD):
         sys.exit(f"error: --accumulate {args.accumulate}" + f" times {WORLD} processes" * (WORLD > 1)
                  + f" must divide --batch-size {args.batch_size}")
-    if not args.eval and not os.access(out.parent, os.W_OK):  # found now, and not after an hour of work
+    if not os.access(out.parent, os.W_OK):                    # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
-
-    codec = load_codec(args.codec, device, args.codec_dir)
-    if checkpoint and checkpoint["codec_checksum"] != codec.checksum:
-        raise CheckpointError(f"{args.eval or last} was trained on codes of codec {checkpoint['codec']} "
-                              f"({checkpoint['codec_checksum']}); {args.codec} here is {codec.checksum}")
-    wanted = max(model.config.n_codebooks, model.config.n_input_codebooks)
-    if wanted > codec.n_codebooks:
-        raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {wanted}: choose --n-codebooks "
-                         "and n_input_codebooks")
-    if model.config.n_latent not in (0, codec.vectors.shape[-1]):
-        raise CodecError(f"codec {codec.name}'s vectors have {codec.vectors.shape[-1]} numbers, which is what n_latent "
-                         f"must be, not {model.config.n_latent}")
+    if args.resume:
+        codec = its_codec(args, checkpoint, last, device)
+    else:
+        codec = load_codec(args.codec, device, args.codec_dir)
+        model = new_model(args, codec)
     if RANK:
-        dist.barrier()                                        # until it is prepared
-    data = prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, lookahead=args.lookahead,
-                   window=tuple(args.window))
+        dist.barrier(group=by_cpu)                            # until it is prepared
+    data = open_data(args, codec)
     if WORLD > 1 and RANK == 0:
-        dist.barrier()
-    unigram = data.unigram_nll()
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    autocast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
-
-    if args.eval:
-        figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
-        print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name,
-                          "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": args.window,
-                          **figures, "unigram_nll": unigram, "n_params": model.n_params(), **by_clip(sums, counts)}))
-        return
+        dist.barrier(group=by_cpu)
+    unigram, autocast = data.unigram_nll(), precision(args, device)
 
     # --- model, optimiser
     if not args.resume:
-        if model.config.n_latent:
-            frames = data.batch(args.seed, 0, 1024, args.context)[2].transpose(0, 1).flatten(1)        # codes (K, T)
-            model.set_latents(codec.vectors[:model.config.n_input_codebooks].cpu(), frames[:, frames[0] != IGNORE])
-        else:
-            model.set_mel_statistics(*data.mel_statistics)
+        model.set_mel_statistics(*data.mel_statistics)
         model.to(device)
         if not RANK:
             last.unlink(missing_ok=True)                      # --overwrite: nothing must continue the old run now
@@ -330,15 +362,9 @@ def main():
     if WORLD > 1:
         forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
 
-    # --- the log: a continued run drops from it what it is about to do again
-    kept = []
-    for line in log_path.read_text(errors="replace").splitlines() if args.resume and log_path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):       # cut off in mid-line
-            entry = json.loads(line)
-            if entry["step"] < step or entry["step"] == step and "val_nll" not in entry:
-                kept.append(line + "\n")
+    # --- the log
     if not RANK:
-        write_whole(log_path, "".join(kept).encode())
+        write_whole(log_path, kept_log(log_path, step) if args.resume else b"")
     log = open(log_path, "a")
 
     def report(figures):
@@ -351,18 +377,12 @@ def main():
           f"validate, codec {codec.name}; {args.batch_size * context:,} targets a step at most")
     print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
           f"each code occurs {unigram:.3f}")
-    facts = {"preset": args.model, "dataset": args.dataset, "codec": args.codec, "codec_checksum": codec.checksum,
-             "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": args.window,
+    facts = {"preset": args.model, **{name: getattr(args, name) for name in SHOWN}, "codec_checksum": codec.checksum,
              "data_key": data.key, "audio": data.audio}
-    where = ("given", "out", "resume", "overwrite", "eval", "device")
-    options = {k: v for k, v in vars(args).items() if k not in where}         # what makes the run what it is
+    options = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     report({"step": step, "args": options, "n_params": n_params, **facts, "device": str(device),
             "torch": torch.__version__, "unigram_nll": unigram, "train_frames": data.meta["train_frames"],
             "val_frames": data.meta["val_frames"]})
-
-    def move(x):
-        """To the device; to a GPU while the CPU goes on, for which the memory must be pinned."""
-        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
     stopped_by = []                                           # a signal ends the run after the step it falls into
 
@@ -426,8 +446,8 @@ def main():
         # each step another offset: many crops begin with a clip, and else most frames near its start would not come up
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = counted(batch[2], depth_frames), 0.0                # (2,)
-        depth_frames, n_all = move(depth_frames), move(n_targets.clamp(min=1))
-        parts = zip(*(move(x.chunk(WORLD)[RANK]).chunk(args.accumulate) for x in batch))
+        depth_frames, n_all = move(depth_frames, device), move(n_targets.clamp(min=1), device)
+        parts = zip(*(move(x.chunk(WORLD)[RANK], device).chunk(args.accumulate) for x in batch))
         for part, (c, m, t) in enumerate(parts, start=1):
             if WORLD > 1:                                     # gradients are averaged once, after the last part
                 forward.require_backward_grad_sync = part == args.accumulate
@@ -466,6 +486,10 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is too small: raise --accumulate, or lower --batch-size or --context")
+    except BrokenPipeError:                                   # as in `python train.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit("error: nobody reads the output any more; continue with --resume, or start anew with --overwrite if "
+                 "there is no checkpoint yet")
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

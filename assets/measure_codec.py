@@ -31,8 +31,9 @@ import soxr
 import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from data import DataError
 from mel import HANN, SAMPLE_RATE, log_mel
-from tokens import HOP, load_codec
+from tokens import HOP, CodecError, load_codec
 from train_codec import load, perplexity
 
 try:
@@ -135,4 +136,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (CodecError, DataError) as error:
+        sys.exit(f"error: {error}")

@@ -41,8 +41,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
 from mel import HANN, SAMPLE_RATE, frame, log_mel, mel_power
+from model import save
 from tokens import CODEBOOK_SIZE, HOP, build_mini
-from train import choose_device, save
+from train import choose_device
 from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock, SLSTM    # tokens makes it importable
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
@@ -503,7 +504,8 @@ def main():
     if args.resume:
         for name, module in modules.items():
             module.load_state_dict(state.pop(name))
-    state = {"step": 0, "phase": 1, "began": 0, "norms": {}, "options": options} | state
+        vars(envelope).update(state["envelope"])              # another device might turn its axes the other way
+    state = {"step": 0, "phase": 1, "began": 0, "norms": {}, "options": options, "envelope": vars(envelope)} | state
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
 
     on_gpu = args.device.startswith("cuda")                   # one process could not make batches as fast as a GPU

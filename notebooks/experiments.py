@@ -6,30 +6,30 @@ results/.
     python notebooks/experiments.py speech --only streams     # another of the questions below
     python notebooks/experiments.py speech music --table      # only print the tables of what is there
 
-The question needs a fair comparison: `nano` (tokens and mel) and `nano-gpt` (tokens only) have the same size, batches,
-steps, dropout and schedule, and predict the coarse code; each may choose its learning rate from the same four, by
-validation NLL on the first dataset with seed 0, and keeps it for the other datasets, seeds and questions. The others
-have that of their kind, but for the four of `paper` and the one of `streams` that reads eight codes: these choose, too.
+A fair comparison needs models that are alike: `coarse` (tokens and mel) and `coarse-gpt` (tokens only), which predict
+the coarse code, have the same size, batches, steps, dropout and schedule; each may choose its learning rate from the
+same four, by validation NLL on the first dataset with seed 0, and keeps it for the other datasets, seeds and questions.
+The others have that of their kind, but for the four of `paper` and the one of `streams` that reads eight codes: these
+choose, too. `nano` and `nano-gpt` are the presets as they are: they predict all eight codes.
 
-gap       what is gained with the recording's mel, and what is left of it with the mel that sampling shows: `nano`,
-          `nano-gpt`, and `nano-heard`, which is `nano` trained on the mel of what eight codebooks decode to. `nano-all`
-          and `nano-gpt-all` predict all eight, as the presets do, and `nano-all` is trained on that mel, too. Hybrids
-          are scored with the mel of the original, of eight codebooks and of one
-window    `nano` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our kind;
-          one seed, as all but gap, streams, shipped, short and paper: exploratory
-leak      `nano` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which shows
-          what of their gain is no leak
+gap       what is gained with the recording's mel, and what is left of it with the mel that sampling shows: `coarse`,
+          `coarse-gpt`, and `coarse-heard`, trained on the mel of what eight codebooks decode to; `nano`, trained on
+          that mel, too, and `nano-gpt`. Hybrids are scored with the mel of the original, of eight codebooks and of one
+window    `coarse` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our
+          kind; one seed, as all but gap, streams, shipped, short and paper: exploratory
+leak      `coarse` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which
+          shows what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel all eight codes as
           embeddings, or as what the codec decodes them from: the sum of its own vectors, of one or of eight
-fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `nano`'s size; four
+fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `coarse`'s size; four
           trained on decoded mel, too
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
           inverse proportion to the width
-steps     `nano`, `nano-heard` and `nano-gpt` trained four times as long, `nano-all` twice
-noise     `nano-all` and `nano` with noise on the mel they are trained on, as one's own voice is never quite right
-shipped   the recipe of the models in assets/: `nano-all` with noise, `nano-gpt-all` without, for 600 steps; three seeds
-context   `nano`, `nano-heard` and `nano-gpt` with more and fewer positions, as many targets a step: the longer, the
-          fewer places a step
+steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long, `nano` twice
+noise     `nano` and `coarse` with noise on the mel they are trained on, as one's own voice is never quite right
+shipped   the recipe of the models in assets/: `nano` with noise, `nano-gpt` without, for 600 steps; three seeds
+context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
+          the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
 paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
           rates, and `hybrid-heard`, with that of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
@@ -56,44 +56,43 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from model import PRESETS
+from model import PRESETS, write_whole
 from tokens import MINI_SHA256
-from train import write_whole
 
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
-NANO, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
-HEARD = [*NANO, "--mel-codebooks", "8"]
-TRIO = {"nano": NANO, "nano-heard": HEARD, "nano-gpt": GPT}   # trained on recordings, on decoded audio, without a mel
-SHORT = ["--context", "32", "--batch-size", "128"]
+COARSE, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
+HEARD = [*COARSE, "--mel-codebooks", "8"]
+TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
+NANO, NANO_GPT = COARSE[:2], GPT[:2]
 SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")
 PAPER = ["--n-codebooks", "1", "--context", "256", "--batch-size", "32", "--steps", "400", "--eval-every", "50",
          "--dtype", "bfloat16"]
-NANO_ALL, GPT_ALL = NANO[:2], GPT[:2]                         # all eight codes, as the presets do
 EXPERIMENTS = {                                               # question: {model: options of train.py}
-    "gap": {**TRIO, "nano-all": NANO_ALL, "nano-gpt-all": GPT_ALL},
-    "window": {f"nano-window{rise + fall}": [*NANO, "--window", str(rise), str(fall)]
+    "gap": {**TRIO, "nano": NANO, "nano-gpt": NANO_GPT},
+    "window": {f"coarse-window{rise + fall}": [*COARSE, "--window", str(rise), str(fall)]
                for rise, fall in ((512, 512), (960, 32), (288, 32))},
-    "leak": {f"nano-{how}{n}": [*NANO, "--window", "512", "512", "--lookahead", f"{sign}{n}"]
+    "leak": {f"coarse-{how}{n}": [*COARSE, "--window", "512", "512", "--lookahead", f"{sign}{n}"]
              for n in (192, 352, 512) for how, sign in (("leak", ""), ("cut", "-"))},
-    "streams": {"nano-mel": [*NANO, "--set", "use_codes=False", "n_inner=656"],
-                **{f"nano-heard{k}": [*NANO, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
-                "nano-codes8": [*GPT, "--set", "n_input_codebooks=8"],
-                **{f"nano-latents{k}": [*NANO, "--mel-codebooks", str(k), "--set", "n_latent=132",
-                                        f"n_input_codebooks={k}"] for k in (1, 8)}},
-    "fuse": {"nano-add": [*NANO, "--set", "fuse=add", "n_inner=528"],
-             **{f"nano-blocks{n}": [*NANO, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
+    "streams": {"coarse-mel": [*COARSE, "--set", "use_codes=False", "n_inner=656"],
+                **{f"coarse-heard{k}": [*COARSE, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
+                "coarse-codes8": [*GPT, "--set", "n_input_codebooks=8"],
+                **{f"coarse-latents{k}": [*COARSE, "--mel-codebooks", str(k), "--latents"] for k in (1, 8)}},
+    "fuse": {"coarse-add": [*COARSE, "--set", "fuse=add", "n_inner=528"],
+             **{f"coarse-blocks{n}": [*COARSE, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
                 for n, inner in ((0, 584), (2, 440), (4, 296))},
-             "nano-heard-blocks4": [*HEARD, "--set", "n_mel_layer=4", "n_inner=296"]},
+             "coarse-heard-blocks4": [*HEARD, "--set", "n_mel_layer=4", "n_inner=296"]},
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
-             for n in (64, 192) for name, options in (("nano", NANO), ("nano-gpt", GPT))},
+             for n in (64, 192) for name, options in (("coarse", COARSE), ("coarse-gpt", GPT))},
     "steps": {**{f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
-              "nano-all-steps600": [*NANO_ALL, "--steps", "600"]},
-    "noise": {"nano-all-noise": [*NANO_ALL, "--set", "mel_noise=0.5"], "nano-noise": [*NANO, "--set", "mel_noise=0.5"]},
-    "shipped": {"nano-all-noise-steps600": [*NANO_ALL, "--steps", "600", "--set", "mel_noise=0.5"],
-                "nano-gpt-all-steps600": [*GPT_ALL, "--steps", "600"]},
+              "nano-steps600": [*NANO, "--steps", "600"]},
+    "noise": {f"{name}-noise": [*options, "--set", "mel_noise=0.5"]
+              for name, options in (("nano", NANO), ("coarse", COARSE))},
+    "shipped": {"nano-noise-steps600": [*NANO, "--steps", "600", "--set", "mel_noise=0.5"],
+                "nano-gpt-steps600": [*NANO_GPT, "--steps", "600"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
-                for n in (32, 64, 128, 512) for name, options in TRIO.items()},
-    "short": {f"{name}-context32": [*options, *SHORT] for name, options in TRIO.items()},
+                for n in (64, 128, 512) for name, options in TRIO.items()},
+    "short": {f"{name}-context32": [*options, "--context", "32", "--batch-size", "128"]
+              for name, options in TRIO.items()},
     "paper": {**{name: ["--model", name, *PAPER] for name in SIZES},
               "hybrid-heard": ["--model", "hybrid", *PAPER, "--mel-codebooks", "8"]}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
@@ -101,8 +100,9 @@ MODELS = {model: options for models in EXPERIMENTS.values() for model, options i
 TWINS = {model: ["gpt-m", "gpt-s", "gpt-l"] for model in ("hybrid", "hybrid-heard")}
 for model, options in MODELS.items():
     if "gpt" not in model and model not in TWINS:
-        twin = model.replace("-heard", "").replace("-noise", "").replace("nano", "nano-gpt", 1)
-        TWINS[model] = [twin if twin in MODELS else "nano-gpt" if "--n-codebooks" in options else "nano-gpt-all"]
+        kind = model.split("-")[0]                            # coarse or nano
+        twin = model.replace("-heard", "").replace("-noise", "").replace(kind, f"{kind}-gpt", 1)
+        TWINS[model] = [twin if twin in MODELS else f"{kind}-gpt"]
 MANY = ("gap", "streams", "shipped", "short", "paper")        # questions asked with several seeds
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
@@ -126,9 +126,11 @@ def label(dataset):
 
 
 def read(path):
-    """A run's result, or None if there is none with the codec that ships now."""
+    """A run's result, or None if there is none of what its model is now, with the codec that ships now."""
     result = json.loads(path.read_text()) if path.exists() else {}
-    return result if result.get("codec_checksum") == MINI_SHA256[:16] else None
+    if result.get("codec_checksum") == MINI_SHA256[:16]:
+        options = [*MODELS[result["model"]], "--lr", result["lr"], "--seed", str(result["seed"])]
+        return result if " ".join(options) in result["command"] else None
 
 
 def write(path, content):
@@ -143,7 +145,7 @@ def run(dataset, model, lr, seed, device="cpu"):
     result = RESULTS / f"{name}.json"
     if not read(result):
         out = RUNS / f"{name}.pt"
-        place = dataset if dataset == label(dataset) else str(Path(dataset).resolve())
+        place = dataset if dataset == label(dataset) else str(Path(dataset).expanduser().resolve())
         options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", device]
         if device != "cpu":                                   # to compile takes longer than these runs
             options += ["--no-compile", *([] if "--dtype" in options else ["--dtype", "float32"])]
@@ -155,8 +157,8 @@ def run(dataset, model, lr, seed, device="cpu"):
         write_whole(legs, " ".join(dict.fromkeys(commits)).encode())
         with open(out.with_suffix(".txt"), "a") as text:
             done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=text, stderr=text, **HOW)
-        if done.returncode:
-            last = (Path(text.name).read_text().strip().splitlines() or ["no word"])[-1]
+        last = (Path(text.name).read_text().strip().splitlines() or ["no word"])[-1]
+        if done.returncode and "no longer finite" not in last:        # such a run counts with its best evaluation, too
             raise RuntimeError(f"run {name} failed: {last.removeprefix('error: ')} (all of it: {text.name})")
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         evaluations = [entry for entry in log if "val_nll" in entry]
@@ -237,10 +239,10 @@ def table(datasets):
 
 
 def best_runs(dataset, model):
-    """The results of one model at the learning rate that is best with seed 0, by seed."""
+    """The results of one model, by seed, at the rate that was chosen for it: of those with most seeds the best."""
     found = [result for p in RESULTS.glob(f"{dataset}-{model}-lr*.json") if (result := read(p))]
-    lr = min((r for r in found if r["seed"] == 0), key=lambda r: r["best"]["val_nll"], default={"lr": None})["lr"]
-    return sorted((r for r in found if r["lr"] == lr), key=lambda r: r["seed"])
+    by_rate = [sorted((r for r in found if r["lr"] == lr), key=lambda r: r["seed"]) for lr in {r["lr"] for r in found}]
+    return max(by_rate, key=lambda runs: (len(runs), -runs[0]["best"]["val_nll"]), default=[])
 
 
 def gain(runs, twins, shown="0"):
@@ -256,7 +258,7 @@ def gain(runs, twins, shown="0"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compare nano with its token-only twin and their relatives.")
+    parser = argparse.ArgumentParser(description="Compare hybrids with token-only models of their size.")
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
@@ -272,8 +274,8 @@ def main():
             folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
             search = [(m, lr) for lr in PAPER_RATES for m in SIZES] * ("paper" in args.only)
-            searched = ["nano", "nano-gpt"] * (args.only != ["paper"])
-            searched += ["nano-codes8"] * ("streams" in args.only)                        # reads something else
+            searched = ["coarse", "coarse-gpt"] * (args.only != ["paper"])
+            searched += ["coarse-codes8"] * ("streams" in args.only)                      # reads something else
             search += [(m, lr) for lr in LEARNING_RATES for m in searched]
             found = list(pool.map(lambda r: run(args.datasets[0], *r, 0, args.device), search))
             nll = {r: result["best"]["val_nll"] for r, result in zip(search, found)}
@@ -282,7 +284,8 @@ def main():
             for question in args.only:
                 seeds = range(args.seeds if question in MANY else 1)
                 for model, options in EXPERIMENTS[question].items():
-                    lr, width = best.get(model, best[options[1]]), re.search(r"width(\d+)", model)
+                    kind = options[1].replace("nano", "coarse")               # the presets were not searched for
+                    lr, width = best.get(model, best[kind]), re.search(r"width(\d+)", model)
                     if width:
                         lr = f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}"
                     runs += [(d, model, lr, seed, args.device) for seed in seeds for d in args.datasets]

@@ -107,24 +107,18 @@ def test_the_mel_may_be_that_of_what_some_codebooks_decode_to(tmp_path, tiny_cod
         assert np.abs(original.mel[start:end] - mel).mean() > 0.1
 
 
-def test_a_mel_of_decoded_codes_may_look_ahead_too(tmp_path, tiny_codec):
-    folder = clips(tmp_path / "in")
-    causal = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=2)
-    ahead = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=2, lookahead=320)
-    assert np.array_equal(causal.codes, ahead.codes)
-    for start, end in [*causal.train, *causal.val]:           # a whole frame ahead: the next frame's mel
-        np.testing.assert_allclose(ahead.mel[start:end - 1], causal.mel[start + 1:end], rtol=1e-3, atol=5e-3)
+def test_latents_are_what_the_codes_are_decoded_from(tmp_path, tiny_codec):
+    latents = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=3, latents=True)
+    codes = latents.codes[:, :3].astype(np.int64)
+    expected = sum(tiny_codec.vectors[k, codes[:, k]] for k in range(3)).numpy()
+    np.testing.assert_allclose(latents.mel, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(latents.mel_statistics[0].shape, expected.shape[1])
 
 
-def test_a_mel_of_decoded_codes_that_looks_ahead_sees_silence_past_the_end_whatever_lies_beside_it(tmp_path, tiny_codec):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for name, seconds in (("a", 1), ("b", 2)):
-        soundfile.write(folder / f"{name}.wav", noise(seconds), SAMPLE_RATE)
-    mel = lambda names: np.concatenate([mel for i, _, mel in data.encode_files([folder / f"{n}.wav" for n in names],
-                                                                               tiny_codec, 8, 512)
-                                        if i == 0 and mel is not None])
-    np.testing.assert_allclose(mel("a"), mel("ab"), rtol=1e-2, atol=2e-2)
+@pytest.mark.parametrize("options", [{"mel_codebooks": 2, "lookahead": 320}, {"latents": True}])
+def test_decoded_sound_has_no_future_and_a_recording_no_latents(tmp_path, tiny_codec, options):
+    with pytest.raises(DataError, match="goes with the mel of recordings.*1 codebook or more"):
+        prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, **options)
 
 
 @pytest.mark.parametrize("lookahead", [192, 352, 704])

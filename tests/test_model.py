@@ -17,17 +17,14 @@ HYBRID = Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, conte
 TOKENS, MEL = replace(HYBRID, use_mel=False), replace(HYBRID, use_codes=False)
 DEEP = replace(HYBRID, n_codebooks=4, n_depth_embd=16)
 READER, ADDER = replace(HYBRID, n_input_codebooks=3), replace(HYBRID, fuse="add")
-LATENT = replace(READER, n_latent=96)
-EACH = pytest.mark.parametrize("config", [HYBRID, TOKENS, MEL, DEEP, READER, ADDER, LATENT],
-                               ids=["hybrid", "token-only", "mel-only", "deep", "reader", "adder", "latent"])
+EACH = pytest.mark.parametrize("config", [HYBRID, TOKENS, MEL, DEEP, READER, ADDER],
+                               ids=["hybrid", "token-only", "mel-only", "deep", "reader", "adder"])
 
 
 def make(config):
     """A model whose predictions depend strongly on what it sees: after initialisation attention is nearly flat."""
     torch.manual_seed(0)
     model = HybridGPT(config).eval()
-    if config.n_latent:
-        model.set_latents(torch.randn(3, 1024, 96), torch.randint(1024, (3, 500)))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3 if p.std() < 0.1 else 1)
@@ -136,7 +133,7 @@ def test_noise_on_the_mel_acts_in_training_and_not_in_evaluation():
 @pytest.mark.parametrize("wrong", [dict(use_codes=False, use_mel=False), dict(fuse="glue"), dict(n_input_codebooks=0),
                                    dict(n_codebooks=0), dict(context=0), dict(mel_noise=float("nan")),
                                    dict(n_head=3), dict(n_embd=30, n_head=2),
-                                   dict(n_latent=-1), dict(n_latent=12, use_mel=False),
+                                   dict(n_input_codebooks=2, use_codes=False),
                                    dict(n_mel_embd=40), dict(n_codebooks=2, n_depth_embd=40)])
 def test_a_config_that_cannot_work_is_a_value_error(wrong):
     with pytest.raises(ValueError):
@@ -157,7 +154,7 @@ def test_the_coarse_code_is_predicted_as_without_finer_ones():
 @torch.no_grad()
 def test_a_finer_code_depends_on_its_frame_and_the_coarser_codes_of_it_and_on_nothing_else():
     model, (codes, mel, targets) = make(DEEP), inputs(12)
-    _, x = model(codes, mel)                                  # (2, 12, n_embd)
+    x = model.stack(codes, mel)                                  # (2, 12, n_embd)
     x, chosen = x[:, 5], targets[:, :3, 5]                    # one frame of either clip
     logits = model.finer_logits(x, chosen)
     assert logits.shape == (2, 3, 1024)
@@ -177,7 +174,7 @@ def test_the_losses_of_finer_codebooks_are_what_their_logits_say():
     model, (codes, mel, targets) = make(DEEP), inputs(12)
     targets[0, :, 7:] = IGNORE
     _, losses = model(codes, mel, targets)
-    _, x = model(codes, mel)
+    x = model.stack(codes, mel)
     for k in (1, 2, 3):
         by_hand = [-model.finer_logits(x[b, t:t + 1], targets[b:b + 1, :k, t])[0, -1].log_softmax(-1)[targets[b, k, t]]
                    for b in range(2) for t in range(12) if targets[b, k, t] != IGNORE]
@@ -335,36 +332,6 @@ def test_mel_statistics_survive_a_checkpoint(tmp_path):
     HybridGPT(TOKENS).set_mel_statistics(mean, covariance)    # nothing to set, and no error
 
 
-# ----------------------------------------------------------------------------- the codec's vectors instead of a mel
-
-@torch.no_grad()
-def test_latents_are_the_sum_of_the_vectors_of_the_codes_that_are_read():
-    model, (codes, _, _) = make(LATENT), inputs(12)
-    latents = model.latents(codes)                            # (2, 12, 96)
-    by_hand = [sum(model.codec_vectors[k, codes[1, k, t]] for k in range(3)) for t in range(1, 12)]
-    torch.testing.assert_close(latents[1, 1:], torch.stack(by_hand))
-
-
-def test_a_codebook_of_which_one_code_is_used_is_not_blown_up():
-    model = HybridGPT(LATENT)
-    model.set_latents(torch.randn(3, 1024, 96), torch.full((3, 50), 7))
-    assert ((model.latents(torch.full((1, 3, 1), 8)) - model.mel_mean) @ model.mel_whitening).abs().max() < 1e4
-
-
-def test_a_model_of_latents_needs_no_mel_and_hears_the_finer_codes_it_reads_and_nothing_at_the_start():
-    model, (codes, mel, _) = make(LATENT), inputs(12)
-    logits = logits_of(model, codes, None)
-    assert torch.equal(logits, logits_of(model, codes, mel))
-    for k, heard in (1, True), (2, True), (3, False):         # it reads three of four codebooks
-        changed = codes.clone()
-        changed[:, k, 5] = (codes[:, k, 5] + 1) % 1024
-        assert torch.equal(logits, logits_of(model, changed, None)) != heard
-        changed = codes.clone()
-        changed[:, k, 0] = 7                                  # beside START: there is nothing to hear yet
-        assert torch.equal(logits, logits_of(model, changed, None))
-    assert not hasattr(model, "finer_embedding")
-
-
 # ----------------------------------------------------------------------------- positions, band, cache
 
 @EACH
@@ -428,8 +395,6 @@ def test_what_enters_the_stack_has_variance_one_whichever_branches_there_are(con
         for block in getattr(model, name, [])[:1]:
             block.register_forward_pre_hook(lambda _, inputs, name=name: entered.update({name: inputs[0].var()}))
     codes = torch.randint(1024, (4, 4, 64))
-    if config.n_latent:
-        model.set_latents(torch.randn(3, 1024, 96) - 5, torch.randint(1024, (3, 2000)))
     model(codes, torch.randn(4, 64, 80), codes)
     assert 0.85 < entered["blocks"] < 1.15 and 0.8 < entered.get("mel_blocks", 1) < 1.2
     assert 0.85 < entered.get("depth_blocks", 1) < 1.15                              # the state; a code adds little

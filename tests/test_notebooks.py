@@ -90,7 +90,7 @@ def test_a_model_is_compared_with_one_that_predicts_as_many_codes_from_as_long_a
 
 @pytest.mark.parametrize("interrupted, commits", [(False, "b"), (True, "b a")])
 def test_a_result_names_every_commit_that_its_run_was_made_with(tmp_path, monkeypatch, interrupted, commits):
-    name = f"speech-nano-lr{experiments.LEARNING_RATES[0]}-seed0"
+    name = f"speech-coarse-lr{experiments.LEARNING_RATES[0]}-seed0"
     (tmp_path / f"{name}.commits").write_text("a")
     (tmp_path / f"{name}.jsonl").write_text(
         '{"codec": "mini", "codec_checksum": "0", "torch": "2", "args": {"dtype": "float32"}}\n'
@@ -106,8 +106,55 @@ def test_a_result_names_every_commit_that_its_run_was_made_with(tmp_path, monkey
     monkeypatch.setattr(experiments.subprocess, "run", run)
     for folder in ("RESULTS", "RUNS"):
         monkeypatch.setattr(experiments, folder, tmp_path)
-    assert experiments.run("speech", "nano", experiments.LEARNING_RATES[0], 0)["commit"] == commits
+    assert experiments.run("speech", "coarse", experiments.LEARNING_RATES[0], 0)["commit"] == commits
     assert ["--resume" in words for words in ran if "--out" in words] == [interrupted]
+
+
+def write_result(folder, lr, seed, nll, options=experiments.COARSE):
+    command = " ".join(["python train.py --dataset speech", *options, "--lr", lr, "--seed", str(seed), "--device cpu"])
+    experiments.write(folder / f"speech-coarse-lr{lr}-seed{seed}.json", {
+        "command": command, "model": "coarse", "lr": lr, "seed": seed, "best": {"val_nll": nll},
+        "codec_checksum": experiments.MINI_SHA256[:16]})
+
+
+def test_a_result_made_with_other_options_is_none_of_this_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    write_result(tmp_path, "6e-3", 0, 4.0)
+    assert [r["lr"] for r in experiments.best_runs("speech", "coarse")] == ["6e-3"]
+    write_result(tmp_path, "6e-3", 0, 4.0, [*experiments.COARSE, "--steps", "600"])
+    assert experiments.best_runs("speech", "coarse") == []
+
+
+def test_a_learning_rate_with_more_seeds_is_the_one_that_was_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    for lr, seed, nll in (("6e-3", 0, 3.9), ("1.2e-2", 0, 4.0), ("3e-3", 0, 3.8)):
+        write_result(tmp_path, lr, seed, nll)
+    assert [r["lr"] for r in experiments.best_runs("speech", "coarse")] == ["3e-3"]
+    write_result(tmp_path, "1.2e-2", 1, 4.1)
+    assert [(r["lr"], r["seed"]) for r in experiments.best_runs("speech", "coarse")] == [("1.2e-2", 0), ("1.2e-2", 1)]
+
+
+def test_a_rate_at_which_training_diverges_counts_with_the_best_before(tmp_path, monkeypatch):
+    name = "speech-coarse-lr2.4e-2-seed0"
+    (tmp_path / f"{name}.jsonl").write_text(
+        '{"codec": "mini", "codec_checksum": "0", "torch": "2", "args": {"dtype": "float32"}}\n'
+        '{"step": 0, "val_nll": 7.0, "seconds": 1.0, "clip_nll": [7.0], "clip_targets": [9]}')
+    ending = "error: the loss or its gradient is no longer finite at step 20"
+
+    def run(words, stdout=None, **_):
+        (tmp_path / f"{name}.last.pt").touch()
+        if "--out" in words:
+            stdout.write(ending)
+        return SimpleNamespace(returncode=int("--out" in words), stdout="")
+    monkeypatch.setattr(experiments.subprocess, "run", run)
+    for folder in ("RESULTS", "RUNS"):
+        monkeypatch.setattr(experiments, folder, tmp_path)
+    assert experiments.run("speech", "coarse", "2.4e-2", 0)["best"]["val_nll"] == 7.0
+    (tmp_path / f"{name}.json").unlink()
+    (tmp_path / f"{name}.txt").unlink()
+    ending = "error: the disk is full"
+    with pytest.raises(RuntimeError, match="disk is full"):
+        experiments.run("speech", "coarse", "2.4e-2", 0)
 
 
 def test_every_model_runs_at_the_learning_rate_that_was_best_for_its_kind(monkeypatch, tmp_path):

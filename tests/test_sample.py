@@ -151,8 +151,8 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use
         if again.shape[-1] > 1:
             mel = torch.cat([mel, log_mel(tiny_codec.decode(again[..., 1:]))], dim=1)
         with torch.no_grad():
-            logits, x = model(again, mel)
-            chosen = draw(logits[:, -1], generator=generator)[:, None]
+            x = model.stack(again, mel)
+            chosen = draw(model.head(x[:, -1]), generator=generator)[:, None]
             while chosen.shape[1] < K:
                 finer = model.finer_logits(x[:, -1], chosen)[:, -1]
                 chosen = torch.cat([chosen, draw(finer, generator=generator)[:, None]], dim=1)
@@ -347,6 +347,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(run, ckpt, tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (lambda c: c.update(lookahead=192), ["--lookahead 192", "not sampled"]),
+    (lambda c: c.update(latents=True), ["--latents", "not sampled"]),
     (lambda c: c.update(window=[512, 512]), ["--window 512 512", "not sampled"]),
     (lambda c: c["config"].update(use_codes=False, use_mel=True), []),
     (lambda c: c["config"].update(n_input_codebooks=9, use_codes=True), ["reads 9 codebooks", "not sampled"])])

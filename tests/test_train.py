@@ -30,8 +30,7 @@ import corpora
 import data
 import tokens
 import train
-from model import HybridGPT, load_checkpoint
-from sample import generate
+from model import HybridGPT, load_checkpoint, save
 from tokens import load_codec
 
 SCRIPT = Path(train.__file__).absolute()
@@ -152,18 +151,16 @@ def test_a_checkpoint_holds_the_mel_statistics_of_the_training_frames(trained, r
     assert not torch.equal(model.mel_whitening, torch.eye(80))
 
 
-def test_a_model_of_latents_holds_the_codecs_vectors_and_their_statistics_and_can_be_sampled(run, tiny_codec, tmp_path):
-    done = run(tmp_path, "--set", "n_latent=16", "n_input_codebooks=8")
+def test_a_model_of_latents_has_their_statistics_and_can_be_scored(run, tiny_codec, tmp_path):
+    done = run(tmp_path, "--n-codebooks", 1, "--mel-codebooks", 3, "--latents")
     assert done.code == 0, done.err
     model, checkpoint = load_checkpoint(tmp_path / "out.pt")
-    assert torch.equal(model.codec_vectors, tiny_codec.vectors)
     dataset = data.Dataset(run.cache / checkpoint["data_key"])
-    frames = dataset.batch(0, 0, 1024, 32)[2].transpose(0, 1).flatten(1)
-    frames = frames[:, frames[0] >= 0]                                        # without padding, (8, T)
-    mean = tiny_codec.model.quantizer.vq.decode(frames[:, None])[0].mean(1)
-    torch.testing.assert_close(model.mel_mean, mean, atol=1e-5, rtol=1e-4)
-    *_, (codes, _) = generate(model, tiny_codec, 3)
-    assert codes.shape == (1, 8, 1)
+    frames = np.concatenate([dataset.codes[start:end, :3] for start, end in dataset.train]).astype(np.int64)
+    mean = sum(tiny_codec.vectors[k, frames[:, k]] for k in range(3)).mean(0)
+    torch.testing.assert_close(model.mel_mean, mean, atol=1e-3, rtol=1e-3)                # float16 in the cache
+    scored = json.loads(run(tmp_path, "--eval", "out.pt", "--batch-size", 2, "--device", "cpu", small=False).out)
+    assert scored["val_nll"] == evaluations(tmp_path / "out.jsonl")[-1]["val_nll"]
 
 
 def test_the_first_line_of_the_log_holds_every_option(trained):
@@ -182,6 +179,16 @@ def test_the_whole_run_works_as_a_process_of_its_own(own_clips, tiny_codec_file,
     assert "sample.py --ckpt out.pt" in done.stdout
     refused = subprocess.run([sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True)
     assert_refused(SimpleNamespace(code=refused.returncode, err=refused.stderr), "out.pt exists")
+
+
+def test_a_reader_that_goes_away_ends_the_run_in_one_line(own_clips, tiny_codec_file, tmp_path):
+    command = [sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file, "--steps", "400",
+               "--context", "32", "--batch-size", "2", "--device", "cpu"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+    assert_refused(SimpleNamespace(code=process.returncode, err=err), "nobody reads", "--resume")
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_seed_others(run, trained, tmp_path):
@@ -403,10 +410,11 @@ def test_a_gpu_that_is_too_small_is_one_clear_line(run, tmp_path):
         assert_refused(run(tmp_path), "memory", "--accumulate")
 
 
-def test_a_rank_or_a_number_of_processes_alone_is_not_torchruns():
+def test_a_rank_and_a_number_of_processes_alone_are_not_torchruns():
     command = [sys.executable, "-c", "import train; print(train.RANK, train.WORLD)"]
-    for names, printed in ((("WORLD_SIZE",), "0 1"), (("RANK",), "0 1"), (("WORLD_SIZE", "RANK"), "2 2")):
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | dict.fromkeys(names, "2")
+    torchruns = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    for names, printed in ((torchruns[:1], "0 1"), (torchruns[1:2], "0 1"), (torchruns[:2], "0 1"), (torchruns, "2 2")):
+        env = {k: v for k, v in os.environ.items() if k not in torchruns} | dict.fromkeys(names, "2")
         done = subprocess.run(command, cwd=SCRIPT.parent, env=env, capture_output=True, text=True)
         assert done.stdout.strip() == printed, done.stderr
 
@@ -492,9 +500,9 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(run, tmp_path):
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path):
-    train.save(tmp_path / "a.pt", {"x": 1})
+    save(tmp_path / "a.pt", {"x": 1})
     with pytest.raises(Exception):
-        train.save(tmp_path / "a.pt", {"x": 2, "y": lambda: "not to be pickled"})
+        save(tmp_path / "a.pt", {"x": 2, "y": lambda: "not to be pickled"})
     assert torch.load(tmp_path / "a.pt", weights_only=True) == {"x": 1}
 
 
@@ -665,7 +673,7 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--steps", 0], ["--steps"]),
     (["--n-codebooks", 0], ["--n-codebooks"]),
     (["--mel-codebooks", -1], ["--mel-codebooks"]),
-    (["--lookahead", 705], ["lookahead is 705", "704"]),
+    (["--n-codebooks", 1, "--lookahead", 705], ["lookahead is 705", "704"]),
     (["--window", 0, 64], ["rises for 0", "1024"]),
     (["--eval", ""], ["--eval wants a checkpoint"]),
     (["--eval", "out.pt"], ["--eval", "--context has no place"]),
@@ -681,7 +689,10 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--set", "mel_noise=nan"], ["at least 0"]),
     (["--set", "fuse=glue"], ["--set", "glue", "concat"]),
     (["--set", "n_input_codebooks=9"], ["8 codebooks", "n_input_codebooks"]),
-    (["--set", "n_latent=40"], ["vectors have 16 numbers", "n_latent"]),
+    (["--latents", "--mel-codebooks", 0], ["latents", "1 codebook"]),
+    (["--lookahead", 192], ["lookahead", "--mel-codebooks 0"]),
+    (["--dataset", ""], ["no dataset ''"]),
+    (["--codec-dir", ""], ["empty name"]),
     (["--batch-size", "many"], ["--batch-size"]),
     (["--accumulate", 3], ["--accumulate"]),
     (["--model", "gpt-5"], ["gpt-5"]),

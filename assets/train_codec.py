@@ -10,12 +10,12 @@ An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser betwee
 once, from random weights, it ends up using one codebook, and that says little; so one thing after the other:
 
   1. the encoder alone learns to write the spectral envelope, see `Envelope`, into an eighth of its latents. The others
-     pass the waveform on, see `initialise`, but for the last four, see `aloud`;
+     pass the waveform on, see `initialise`, but for the last four, see `count_latents`;
   2. both halves learn to give the sound back from unquantised latents, a fifth of the clips from the envelope alone,
      with as much noise on it as one codebook will make;
   3. each codebook is fitted by k-means to what the codebooks before it left over: the first to the envelope and
-     nothing else, see `sayable`, so that ten bits suffice for words, the others to its remainder and the waveform. The
-     decoder learns to hear 1, 2, 4 or 8 codebooks, another number for every clip of the batch: any number will decode;
+     nothing else, see `described`, so that ten bits suffice for words, the others to its remainder and the waveform.
+     The decoder learns to hear 1, 2, 4 or 8 codebooks, another number for every clip of the batch: any will decode;
   4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser.
 
 The losses are EnCodec's (arXiv 2210.13438, section 3.4), and one for intelligibility, see `words_loss`; a balancer
@@ -56,7 +56,7 @@ PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # of each: the fra
 WHITEN = 0.6                                                  # how much of the last frame `Envelope` takes off
 NOISE = 0.09                                                  # per latent, about what one codebook leaves over
 SAVE_EVERY = 120                                              # seconds
-ALOUD = 4                                                     # latents that say how many codebooks are heard
+N_COUNT = 4                                                   # latents that say how many codebooks are heard
 SMALL = 0.1                                                   # gain of the waveform in the encoder, at the start
 LOUD = 5.0                                                    # and of the channels beside it, where ELU bends
 
@@ -147,7 +147,7 @@ def initialise(model, wave):
             linear = len(basis)
         start_as_identity(layer, linear)
         x = layer(x)
-    conv.weight[-ALOUD:] = 0                                  # the encoder leaves these latents to the codebooks
+    conv.weight[-N_COUNT:] = 0                                # the encoder leaves these latents to the codebooks
     for layer in model.decoder.model:
         if isinstance(layer, (SConv1d, SConvTranspose1d)):
             basis = mirror.pop().transpose(0, 1)                              # (linear channels out, in, r)
@@ -182,38 +182,38 @@ def nearest(x, codebook):
     return (codebook.square().sum(1) - 2 * x @ codebook.T).argmin(1)      # |x|^2 is the same for every candidate
 
 
-def kinds(latents, n):
-    """Latents (B, C, T) -> those of the waveform (B, C-n-ALOUD, T), of the envelope (B, n, T), and (B, ALOUD, T)."""
-    return latents.split([latents.shape[1] - n - ALOUD, n, ALOUD], dim=1)
+def split_latents(latents, n):
+    """Latents (B, C, T) -> those of the waveform (B, C-n-N_COUNT, T), of the envelope (B, n, T), (B, N_COUNT, T)."""
+    return latents.split([latents.shape[1] - n - N_COUNT, n, N_COUNT], dim=1)
 
 
-def sayable(rest, k, n):
+def described(rest, k, n):
     """The part of rest (rows, C) that codebook k has words for: the first has words for the n of the envelope only.
 
     All its 1024 words then describe the spectral envelope, and nothing else decides which of them is nearest."""
-    return F.pad(rest[:, -n - ALOUD:-ALOUD], (rest.shape[1] - n - ALOUD, ALOUD)) if k == 0 else rest
+    return F.pad(rest[:, -n - N_COUNT:-N_COUNT], (rest.shape[1] - n - N_COUNT, N_COUNT)) if k == 0 else rest
 
 
-def aloud(counts):
-    """Numbers of codebooks (B,) -> the last latents of a decoder that hears so many, (B, ALOUD).
+def count_latents(counts):
+    """Numbers of codebooks (B,) -> the last latents of a decoder that hears so many, (B, N_COUNT).
 
     All words of codebooks 1, 2, 3 and 5 raise one of these latents: what the decoder should make of a rough waveform
     depends on how many there are; of one codebook's, little. No choice of a word changes."""
     return torch.stack([counts > n for n in (0, 1, 2, 4)], dim=1) / 4
 
 
-def count_aloud(latents, counts):
+def with_count(latents, counts):
     """Latents (B, C, T), as yet unquantised, that pass for those of counts (B,) or (1,) codebooks."""
-    count = aloud(counts)[:, :, None].expand(len(latents), -1, latents.shape[2])
-    return torch.cat([latents[:, :-ALOUD], count], dim=1)
+    count = count_latents(counts)[:, :, None].expand(len(latents), -1, latents.shape[2])
+    return torch.cat([latents[:, :-N_COUNT], count], dim=1)
 
 
 @torch.no_grad()
 def fit_codebooks(quantizer, latents, n, rounds=20):
-    """K-means, one codebook after the other, each on what the former left over: latents (rows, C), n see `sayable`."""
+    """K-means, one codebook after the other, each on what the former left over: latents (rows, C), n: `described`."""
     residual = latents
     for k, layer in enumerate(quantizer.vq.layers):
-        book, target = layer._codebook, sayable(residual, k, n)
+        book, target = layer._codebook, described(residual, k, n)
         book.embed.copy_(target[torch.randperm(len(target))[:CODEBOOK_SIZE]])
         for _ in range(rounds):
             index = nearest(target, book.embed)
@@ -223,7 +223,7 @@ def fit_codebooks(quantizer, latents, n, rounds=20):
         book.cluster_size.copy_(count[:, 0] * CODEBOOK_SIZE / len(residual))     # 1 if all are used alike
         book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
         residual = residual - book.embed[nearest(residual, book.embed)]
-        book.embed[:, -ALOUD:] = aloud(torch.tensor([k + 1])) - aloud(torch.tensor([k]))
+        book.embed[:, -N_COUNT:] = count_latents(torch.tensor([k + 1])) - count_latents(torch.tensor([k]))
         left = residual.var(0).sum() / latents.var(0).sum()
         print(f"  k-means: {left:.3f} of the latents' variance left over", flush=True)
 
@@ -238,8 +238,8 @@ def follow(book, index, x, decay=0.99):
     dead = book.cluster_size < 0.03                           # thirty times rarer than the average: start anew
     book.cluster_size.masked_fill_(dead, 0.3)
     others = 0.3 * x[torch.randint(len(x), (CODEBOOK_SIZE,), device=x.device)]
-    book.embed_avg.copy_(torch.where(dead[:, None], others, book.embed_avg))
-    book.embed[:, :-ALOUD] = (book.embed_avg / book.cluster_size[:, None])[:, :-ALOUD]        # the last: see `aloud`
+    book.embed_avg.copy_(torch.where(dead[:, None], others, book.embed_avg))      # the last latents: `count_latents`
+    book.embed[:, :-N_COUNT] = (book.embed_avg / book.cluster_size[:, None])[:, :-N_COUNT]
 
 
 @torch.no_grad()
@@ -248,15 +248,15 @@ def quantize(quantizer, latents, counts, n, adapt):
 
     adapt: let the codebooks follow."""
     B, C, T = latents.shape
-    rest, used, words = latents.mT.reshape(-1, C), counts.repeat_interleave(T)[:, None], []
+    rest, used, vectors = latents.mT.reshape(-1, C), counts.repeat_interleave(T)[:, None], []
     for k, layer in enumerate(quantizer.vq.layers):
         index = nearest(rest, layer._codebook.embed)
-        words.append(layer._codebook.embed[index])
+        vectors.append(layer._codebook.embed[index])
         if adapt:
-            follow(layer._codebook, index, sayable(rest, k, n))
-        rest = rest - words[k]
-    total = sum(word * (used > k) for k, word in enumerate(words))        # (B * T, C)
-    return total.view(B, T, C).mT, words[0].view(B, T, C).mT
+            follow(layer._codebook, index, described(rest, k, n))
+        rest = rest - vectors[k]
+    total = sum(vector * (used > k) for k, vector in enumerate(vectors))  # (B * T, C)
+    return total.view(B, T, C).mT, vectors[0].view(B, T, C).mT
 
 
 # ----------------------------------------------------------------------------- losses
@@ -371,8 +371,8 @@ def measure(model, held_out, envelope, phase, device):
         latents, target = model.encoder(wave[:, None]), envelope(wave)
         mel = lambda wave: log_mel(wave, window=HANN)         # nothing is predicted here
         distance = lambda z: round((mel(model.decoder(z)[:, 0]) - mel(wave)).abs().mean().item(), 3)
-        error = (kinds(latents, envelope.n)[1] - target).var((0, 2)).sum() / target.var((0, 2)).sum()
-        unquantised = count_aloud(latents, torch.tensor([8], device=device))
+        error = (split_latents(latents, envelope.n)[1] - target).var((0, 2)).sum() / target.var((0, 2)).sum()
+        unquantised = with_count(latents, torch.tensor([8], device=device))
         report[name] = {"envelope": round(1 - error.item(), 3), "unquantised": distance(unquantised)}
         if phase >= 3:
             codes = model.quantizer.vq.encode(latents)        # (K, B, T)
@@ -384,34 +384,34 @@ def measure(model, held_out, envelope, phase, device):
 
 # ----------------------------------------------------------------------------- training
 
-def backward(model, before, wave, counts, phase, envelope, norms, discriminator=None):
+def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=None):
     """One batch through the model: leaves gradients on its parameters.
 
-    before: the encoder as phase 3 found it; wave (B, N); counts (B,) codebooks, of which phase 2 only asks whether they
+    frozen: the encoder as phase 3 found it; wave (B, N); counts (B,) codebooks, of which phase 2 only asks whether they
     are one; phase as in the module's head; discriminator: None until it joins. Returns the losses by name and, from
     phase 2 on, the decoded wave (B, N)."""
     encoder_learns = phase != 3
     with torch.set_grad_enabled(encoder_learns):
         latents = model.encoder(wave[:, None])                # (B, C, T)
     leaf = latents.detach().requires_grad_(encoder_learns)
-    waveform, shape, _ = kinds(leaf, envelope.n)
-    alone = lambda part: F.pad(part, (0, 0, waveform.shape[1], ALOUD))        # the envelope's, and zeros
+    waveform, spectral, _ = split_latents(leaf, envelope.n)
+    alone = lambda part: F.pad(part, (0, 0, waveform.shape[1], N_COUNT))      # the envelope's, and zeros
     losses, out = {}, None
     if phase < 3:
-        losses["envelope"] = (shape - envelope(wave)).square().mean()
+        losses["envelope"] = (spectral - envelope(wave)).square().mean()
     if phase == 2:
-        coarse = alone(shape + NOISE * torch.randn_like(shape))
+        coarse = alone(spectral + NOISE * torch.randn_like(spectral))
         heard = torch.where((counts == 1)[:, None, None], coarse, leaf)
-        heard = count_aloud(heard, torch.where(counts == 1, 1, 8))
+        heard = with_count(heard, torch.where(counts == 1, 1, 8))
     if phase > 2:
         heard, first = quantize(model.quantizer, leaf, counts, envelope.n, adapt=phase == 4)
     if phase == 4:                                            # only the envelope adapts, the waveform stays as it was
         with torch.no_grad():
-            target = kinds(before(wave[:, None]), envelope.n)[0]
+            target = split_latents(frozen(wave[:, None]), envelope.n)[0]
         losses["waveform"] = (waveform - target).square().mean()
-        losses["commitment"] = (shape - kinds(first, envelope.n)[1]).square().mean()      # be near a code
+        losses["commitment"] = (spectral - split_latents(first, envelope.n)[1]).square().mean()  # be near a code
         # the gradient skips the quantiser: what the decoder asks of the code, the encoder hears as asked of its latents
-        heard = heard + alone(shape - shape.detach())
+        heard = heard + alone(spectral - spectral.detach())
     pulls = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
     if phase > 1:
         out = model.decoder(heard)[:, 0]                      # (B, N)
@@ -487,10 +487,10 @@ def main():
     model.to(args.device)
     average = copy.deepcopy(model).eval()                     # the weights' moving average is measured, and exported;
     average.quantizer = model.quantizer                       # the codebooks are averages already
-    before, discriminator = copy.deepcopy(model.encoder), None
+    frozen, discriminator = copy.deepcopy(model.encoder), None
     optimizer = torch.optim.AdamW([{"params": half.parameters()} for half in (model.encoder, model.decoder)],
                                   betas=(0.8, 0.99), weight_decay=0.0, fused=True)
-    modules = {"model": model, "average": average, "before": before, "optimizer": optimizer}        # what has a state
+    modules = {"model": model, "average": average, "frozen": frozen, "optimizer": optimizer}        # what has a state
     if args.adversarial < 1:
         from encodec.msstftd import MultiScaleSTFTDiscriminator
         if not hasattr(sys.modules["torchaudio"], "transforms"):
@@ -530,19 +530,19 @@ def main():
             phase, state["phase"], state["began"] = phase + 1, phase + 1, step
             if phase == 3:                                    # all through it the encoder stands still, at its average
                 model.load_state_dict(average.state_dict())
-                before.load_state_dict(average.encoder.state_dict())
+                frozen.load_state_dict(average.encoder.state_dict())
                 some = batch(train, np.random.default_rng(args.seed), min(256, 32 * args.batch_size), 4 * SAMPLE_RATE)
                 waves = some[:, None].to(args.device).split(16)
                 with torch.no_grad():
-                    latents = torch.cat([before(wave).mT.flatten(0, 1) for wave in waves])
+                    latents = torch.cat([frozen(wave).mT.flatten(0, 1) for wave in waves])
                 fit_codebooks(model.quantizer, latents, envelope.n)
 
         wave, counts, in_turn = next(batches)
         wave, counts = (x.to(args.device, non_blocking=on_gpu) for x in (wave, counts))       # pinned: nothing waits
         optimizer.zero_grad(set_to_none=True)
-        joined = discriminator if phase > 1 and done > args.adversarial else None
-        losses, out = backward(model, before, wave, counts, phase, envelope, state["norms"], joined)
-        if joined and in_turn:                                # its turns are fewer: it learns faster than the codec
+        listener = discriminator if phase > 1 and done > args.adversarial else None
+        losses, out = backward(model, frozen, wave, counts, phase, envelope, state["norms"], listener)
+        if listener and in_turn:                              # its turns are fewer: it learns faster than the codec
             discriminator_loss(discriminator, out, wave).backward()
         (end, *rates), began = PHASES[phase - 1], state["began"]      # every phase warms up and cools down
         through = (step - began) / max(1, end * args.steps - began)

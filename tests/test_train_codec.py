@@ -103,7 +103,7 @@ def test_the_decoder_is_told_how_many_codebooks_it_hears():
     train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), 4, adapt=True)
     codes = quantizer.vq.encode(latents)
     for k in range(1, 9):
-        heard = quantizer.vq.decode(codes[:k])[:, -train_codec.ALOUD:]                  # (4, 4, 300)
+        heard = quantizer.vq.decode(codes[:k])[:, -train_codec.N_COUNT:]                  # (4, 4, 300)
         expected = torch.tensor([k > 0, k > 1, k > 2, k > 4]) / 4
         torch.testing.assert_close(heard, expected[:, None].expand_as(heard), atol=1e-5, rtol=0)
 

@@ -29,10 +29,10 @@ def recompute(model, codec, codes):
     mel = torch.zeros(B, 1, model.config.n_mels)
     if t:
         mel = torch.cat([mel, log_mel(codec.decode(codes))], dim=1)
-    logits, x = model(torch.cat([torch.full((B, K, 1), START), codes], dim=-1), mel)
-    chosen = draw(logits[:, -1])[:, None]
+    x = model.stack(torch.cat([torch.full((B, K, 1), START), codes], dim=-1), mel)[:, -1]             # (B, n_embd)
+    chosen = draw(model.head(x))[:, None]
     while chosen.shape[1] < model.config.n_codebooks:
-        chosen = torch.cat([chosen, draw(model.finer_logits(x[:, -1], chosen)[:, -1])[:, None]], dim=1)
+        chosen = torch.cat([chosen, draw(model.finer_logits(x, chosen)[:, -1])[:, None]], dim=1)
     return torch.cat([codes, chosen[..., None]], dim=-1)
 
 

@@ -22,6 +22,7 @@ import torch
 
 import data
 import sample
+from bench_sample import recompute
 from mel import HOP, log_mel
 from model import START, Config, HybridGPT
 from sample import draw, generate
@@ -126,6 +127,14 @@ def test_the_generator_decides_what_is_drawn():
 
 
 # ----------------------------------------------------------------------------- the loop
+
+def test_the_sampler_that_remembers_nothing_and_is_only_timed_works_too(tiny_codec):
+    model = HybridGPT(Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, n_codebooks=8, n_depth_embd=32))
+    codes = torch.zeros(2, 8, 0, dtype=torch.long)
+    for _ in range(3):
+        codes = recompute(model.eval(), tiny_codec, codes)
+    assert codes.shape == (2, 8, 3) and 0 <= codes.min() <= codes.max() < 1024
+
 
 @pytest.mark.parametrize("use_mel, K", [(True, 1), (False, 1), (True, 8)], ids=["hybrid", "token-only", "deep"])
 @pytest.mark.parametrize("n_prompt", [0, 10])

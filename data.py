@@ -5,7 +5,8 @@ data.py: a dataset's name, or a folder of audio, becomes aligned arrays on disk,
                              └──▶ log_mel ─▶ mel.npy  (frames, 80) float16   to the same 1/75 s of the same clip
 
 The mel is the original audio's, or, with mel_codebooks, that of the audio which so many codebooks decode to: what a
-model sees when it samples. With latents the decoder's input stands in its place, the sum of so many codes' vectors.
+model sees when it samples. With latents the codec's own vectors stand in its place: what the encoder makes of the
+original audio, or what the decoder is given for so many codebooks.
 
     clips.npy            (clips, 2) int64, first row and one past the last row of every clip
     mel_statistics.npz   mean and covariance of the training split's mel
@@ -100,7 +101,7 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
     Everything is causal, so a file that ends before others is padded and what the padding gives is left out. At the
     end of each file comes (i, problem, None), problem: None, or why it cannot be used.
     mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. latents: in
-    place of that mel what it is decoded from, (t, C). lookahead, window: as in `log_mel`.
+    place of the mel of either the codec's vectors for it, (t, C). lookahead, window: as in `log_mel`.
     """
     block_size = BLOCK if codec.device.type == "cuda" else max(BLOCK // len(paths) // HOP, 1) * HOP      # bounds memory
     encoder, spectrogram = codec.stream_encoder(), StreamingLogMel(lookahead, window)
@@ -121,10 +122,11 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
                 del readers[i]
         # when all have ended, a mel that looks ahead still wants to see the silence after them
         wave = torch.from_numpy(waves[:, :max(0, lookahead) if flush else longest]).to(codec.device)
-        new = encoder.push(wave)                              # (B, K, t)
+        unquantised = encoder.latents(wave)                   # (B, C, t)
+        new = codec.quantize(unquantised, codec.n_codebooks)  # (B, K, t)
         codes = new if codes is None else torch.cat([codes, new], dim=-1)
         if latents:
-            mel = codec.latents(new[:, :mel_codebooks]).mT    # (B, t, C)
+            mel = (codec.dequantize(new[:, :mel_codebooks]) if mel_codebooks else unquantised).mT         # (B, t, C)
         else:                                                 # (B, u, 80); with a lookahead they come later
             mel = spectrogram.push(decoder.push(new[:, :mel_codebooks]) if decoder else wave)
         ready, codes = codes[..., :mel.shape[1]], codes[..., mel.shape[1]:]
@@ -217,9 +219,8 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     if not 0 <= mel_codebooks <= codec.n_codebooks:
         raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
                         f"{mel_codebooks} decode to")
-    if lookahead and mel_codebooks or latents and not mel_codebooks:
-        raise DataError("a lookahead goes with the mel of recordings (--mel-codebooks 0), latents with 1 codebook or "
-                        "more")
+    if lookahead and (mel_codebooks or latents):
+        raise DataError("a lookahead goes with the mel of recordings only: --mel-codebooks 0, and no --latents")
     try:
         check_window(lookahead, window)
     except ValueError as error:

@@ -111,22 +111,25 @@ class StreamEncoder:
         self.codec, self.n_codebooks = codec, n_codebooks
         self.state, self.rest = {}, None                      # rest: samples of a frame not yet complete
 
-    @torch.no_grad()
     def push(self, wave):
+        return torch.cat([self.codec.quantize(self.latents(piece), self.n_codebooks)
+                          for piece in wave.split(PIECE, dim=-1)], dim=-1)
+
+    @torch.no_grad()
+    def latents(self, wave):
+        """In place of `push`, for pieces of some seconds: what the codes are chosen for, (B, C, t)."""
+        encoder = self.codec.model.encoder
         if self.rest is None:
             self.rest = wave[:, :0]
             if self.codec.silence_frames:
                 silence = wave.new_zeros(len(wave), 1, self.codec.silence_frames * HOP)
-                run_piece(self.codec.model.encoder.model, silence, self.state)
+                run_piece(encoder.model, silence, self.state)
         wave = torch.cat([self.rest, wave], dim=-1)
         whole = wave.shape[-1] // HOP * HOP
         self.rest = wave[:, whole:].clone()
-        codes = [torch.empty(len(wave), self.n_codebooks, 0, dtype=torch.long, device=wave.device)]
-        for piece in wave[:, :whole].split(PIECE, dim=-1):
-            if piece.shape[-1]:
-                latents = run_piece(self.codec.model.encoder.model, piece[:, None], self.state)     # (B, C, t)
-                codes.append(self.codec.quantize(latents, self.n_codebooks))
-        return torch.cat(codes, dim=-1)
+        if whole == 0:
+            return wave.new_zeros(len(wave), encoder.dimension, 0)
+        return run_piece(encoder.model, wave[:, None, :whole], self.state)
 
 
 class StreamDecoder:
@@ -142,11 +145,11 @@ class StreamDecoder:
             self.state = {}
             if self.codec.silence_frames:
                 silence = self.codec.silence_codes[:, :codes.shape[1]].expand(len(codes), -1, -1)
-                run_piece(model.decoder.model, self.codec.latents(silence), self.state)
+                run_piece(model.decoder.model, self.codec.dequantize(silence), self.state)
         waves = [codes.new_zeros(len(codes), 0, dtype=torch.float32)]
         for piece in codes.split(PIECE // HOP, dim=-1):
             if piece.shape[-1]:
-                waves.append(run_piece(model.decoder.model, self.codec.latents(piece), self.state)[:, 0])
+                waves.append(run_piece(model.decoder.model, self.codec.dequantize(piece), self.state)[:, 0])
         return torch.cat(waves, dim=-1)
 
 
@@ -181,13 +184,13 @@ class Codec:
         """What the codes stand for, (K, 1024, C): a frame is decoded from the sum of its K codes' vectors."""
         return torch.stack([layer.codebook for layer in self.model.quantizer.vq.layers])
 
-    def latents(self, codes):
-        """What the decoder is given for codes (B, K, T): the sum of the vectors that they stand for, (B, C, T)."""
-        return self.model.quantizer.decode(codes.transpose(0, 1))
-
     def quantize(self, latents, n_codebooks):
         """latents (B, C, T) -> codes (B, n_codebooks, T)."""
         return self.model.quantizer.vq.encode(latents, n_q=n_codebooks).transpose(0, 1)
+
+    def dequantize(self, codes):
+        """codes (B, K, T) -> what the decoder is given for them: the sum of the vectors they stand for, (B, C, T)."""
+        return self.model.quantizer.decode(codes.transpose(0, 1))
 
     def encode(self, wave, n_codebooks=None):
         """24 kHz waveform (B, N) float32 in [-1, 1] -> codes (B, K, N // 320) int64, coarse first.

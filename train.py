@@ -57,8 +57,8 @@ def parse_arguments():
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
     add("--mel-codebooks", type=int, metavar="K", help="show the mel of what the first K codebooks decode to, as in "
         "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
-    add("--latents", action="store_true", help="show in place of the mel what the codec decodes the first K codebooks "
-        "from, the sum of their vectors (models of these can be scored, not sampled)")
+    add("--latents", action="store_true", help="show in place of the mel the codec's own vectors, what it decodes the "
+        "first K codebooks from or, with 0, quantises (models of these can be scored, not sampled)")
     add("--window", type=int, nargs=2, default=WINDOW, metavar=("RISE", "FALL"), help="shape of the mel's window, in "
         "samples; 512 512 is the Hann window (default: %(default)s; models of another can be scored, not sampled)")
     add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "

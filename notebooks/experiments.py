@@ -20,7 +20,7 @@ window    `coarse` with the Hann window of 1024 samples instead of ours, and wit
 leak      `coarse` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which
           shows what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel all eight codes as
-          embeddings, or as what the codec decodes them from: the sum of its own vectors, of one or of eight
+          embeddings, or the codec's own vectors: of the recording, before it is quantised, of one code, of all eight
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `coarse`'s size; four
           trained on decoded mel, too
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
@@ -76,7 +76,7 @@ EXPERIMENTS = {                                               # question: {model
     "streams": {"coarse-mel": [*COARSE, "--set", "use_codes=False", "n_inner=656"],
                 **{f"coarse-heard{k}": [*COARSE, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
                 "coarse-codes8": [*GPT, "--set", "n_input_codebooks=8"],
-                **{f"coarse-latents{k}": [*COARSE, "--mel-codebooks", str(k), "--latents"] for k in (1, 8)}},
+                **{f"coarse-latents{k}": [*COARSE, "--mel-codebooks", str(k), "--latents"] for k in (0, 1, 8)}},
     "fuse": {"coarse-add": [*COARSE, "--set", "fuse=add", "n_inner=528"],
              **{f"coarse-blocks{n}": [*COARSE, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
                 for n, inner in ((0, 584), (2, 440), (4, 296))},

@@ -45,7 +45,7 @@ def clips(folder, n=4, seconds=1.0):
 def codec_whose_encoder(tiny_codec, stream_encoder):
     """The tiny codec to `prepare`, but for what it does when a clip begins."""
     return SimpleNamespace(name=tiny_codec.name, checksum=tiny_codec.checksum, n_codebooks=tiny_codec.n_codebooks,
-                           device=tiny_codec.device, stream_encoder=stream_encoder)
+                           quantize=tiny_codec.quantize, device=tiny_codec.device, stream_encoder=stream_encoder)
 
 
 def numbered(home, lengths, val):
@@ -107,18 +107,22 @@ def test_the_mel_may_be_that_of_what_some_codebooks_decode_to(tmp_path, tiny_cod
         assert np.abs(original.mel[start:end] - mel).mean() > 0.1
 
 
-def test_latents_are_what_the_codes_are_decoded_from(tmp_path, tiny_codec):
-    latents = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=3, latents=True)
-    codes = latents.codes[:, :3].astype(np.int64)
+def test_latents_are_what_the_codes_are_decoded_from_or_chosen_for(tmp_path, tiny_codec):
+    folder = clips(tmp_path / "in")
+    decoded, original = (prepare(folder, tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=k, latents=True)
+                         for k in (3, 0))
+    codes = decoded.codes.astype(np.int64)
     expected = sum(tiny_codec.vectors[k, codes[:, k]] for k in range(3)).numpy()
-    np.testing.assert_allclose(latents.mel, expected, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(latents.mel_statistics[0].shape, expected.shape[1])
+    np.testing.assert_allclose(decoded.mel, expected, rtol=1e-3, atol=1e-3)
+    assert np.array_equal(decoded.codes, original.codes) and len(decoded.mel_statistics[0]) == expected.shape[1]
+    again = tiny_codec.quantize(torch.from_numpy(original.mel.astype(np.float32)).T[None], 8)[0].T
+    assert (again.numpy() == codes)[:, 0].mean() > 0.99       # but for float16
 
 
-@pytest.mark.parametrize("options", [{"mel_codebooks": 2, "lookahead": 320}, {"latents": True}])
-def test_decoded_sound_has_no_future_and_a_recording_no_latents(tmp_path, tiny_codec, options):
-    with pytest.raises(DataError, match="goes with the mel of recordings.*1 codebook or more"):
-        prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, **options)
+@pytest.mark.parametrize("options", [{"mel_codebooks": 2}, {"latents": True}])
+def test_only_a_recordings_mel_can_look_ahead(tmp_path, tiny_codec, options):
+    with pytest.raises(DataError, match="goes with the mel of recordings only"):
+        prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, lookahead=320, **options)
 
 
 @pytest.mark.parametrize("lookahead", [192, 352, 704])

@@ -689,7 +689,6 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--set", "mel_noise=nan"], ["at least 0"]),
     (["--set", "fuse=glue"], ["--set", "glue", "concat"]),
     (["--set", "n_input_codebooks=9"], ["8 codebooks", "n_input_codebooks"]),
-    (["--latents", "--mel-codebooks", 0], ["latents", "1 codebook"]),
     (["--lookahead", 192], ["lookahead", "--mel-codebooks 0"]),
     (["--dataset", ""], ["no dataset ''"]),
     (["--codec-dir", ""], ["empty name"]),

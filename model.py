@@ -210,13 +210,12 @@ class HybridGPT(nn.Module):
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too.
-        # Below, how many terms of variance 1 each weight sums. finer_embedding and depth_embedding stay small: they are
-        # thousands of rarely used random vectors, which at full size drown what they are added to until each is learnt
-        terms = {"mel_in.weight": c.n_mels, "code_embedding.weight": 1,
-                 "fuse.weight": c.use_mel and self.fuse.in_features, "depth_in.weight": c.n_embd}
-        for name, n in terms.items():
-            if hasattr(self, name.split(".")[0]):
-                nn.init.normal_(self.get_parameter(name), std=n ** -0.5)
+        # finer_embedding and depth_embedding stay small: they are thousands of rarely used random vectors, which at full
+        # size drown what they are added to until each is learnt
+        for name in ("mel_in", "code_embedding", "fuse", "depth_in"):
+            if layer := getattr(self, name, None):
+                n_terms = getattr(layer, "in_features", 1)    # of variance 1, which it sums; an embedding has only one
+                nn.init.normal_(layer.weight, std=n_terms ** -0.5)
 
     def n_params(self):
         """How many numbers are trained."""

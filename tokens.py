@@ -74,6 +74,7 @@ def run_piece(module, x, state):
         return run_piece(module.shortcut, x, state) + run_piece(module.block, x, state)
     if isinstance(module, SConv1d):
         conv = module.conv.conv
+        # how many inputs of the past go into the first output
         reach = (conv.kernel_size[0] - 1) * conv.dilation[0] - (conv.stride[0] - 1)
         if module in state:
             x = torch.cat([state[module], x], dim=-1)

@@ -25,7 +25,7 @@ fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4
           trained on decoded mel, too
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
           inverse proportion to the width
-steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long, `nano` twice
+steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
 noise     `nano` and `coarse` with noise on the mel they are trained on, as one's own voice is never quite right
 shipped   the recipe of the models in assets/: `nano` with noise, `nano-gpt` without, for 600 steps; three seeds
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
@@ -83,8 +83,7 @@ EXPERIMENTS = {                                               # question: {model
              "coarse-heard-blocks4": [*HEARD, "--set", "n_mel_layer=4", "n_inner=296"]},
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
              for n in (64, 192) for name, options in (("coarse", COARSE), ("coarse-gpt", GPT))},
-    "steps": {**{f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
-              "nano-steps600": [*NANO, "--steps", "600"]},
+    "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
     "noise": {f"{name}-noise": [*options, "--set", "mel_noise=0.5"]
               for name, options in (("nano", NANO), ("coarse", COARSE))},
     "shipped": {"nano-noise-steps600": [*NANO, "--steps", "600", "--set", "mel_noise=0.5"],

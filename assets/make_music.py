@@ -7,6 +7,7 @@ music/val. Validation pieces share no melody and no whole chord sequence with th
 
     apt-get install --no-install-recommends fluidsynth fluid-soundfont-gm
     python assets/make_music.py            # about three minutes; writes assets/music/{train,val}/*.ogg
+    python assets/make_music.py --minutes 170 --out corpora/large/music        # more to train on, the same validation
 
 Needs numpy, soundfile and soxr. The soundfont is FluidR3 GM by Frank Wen, MIT licence (see
 /usr/share/doc/fluid-soundfont-gm/copyright). The same seed gives the same music; only the random stream
@@ -391,16 +392,19 @@ def render(p, soundfont, folder):
 def main():
     parser = argparse.ArgumentParser(description="Compose and render the music corpus.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "music")
+    parser.add_argument("--minutes", type=float, default=MINUTES["train"],
+                        help="of training music (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     soundfont = next((path for path in SOUNDFONTS if Path(path).exists()), None)
     if not shutil.which("fluidsynth") or not soundfont:
         sys.exit("make_music.py needs: apt-get install --no-install-recommends fluidsynth fluid-soundfont-gm")
     args.out.mkdir(parents=True, exist_ok=True)
-    number, taken, train_programs = 0, set(), set()
+    taken, train_programs = set(), set()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for split, minutes in MINUTES.items():
+        # validation is numbered on from the bundled training pieces: more of these leave it as it is
+        for split, minutes, number in (("train", args.minutes, 0), ("val", MINUTES["val"], 83)):
             (work / split).mkdir()
             seconds, pieces, programs, size = 0, 0, set(), 0
             while seconds < 60 * minutes:

@@ -96,10 +96,12 @@ def read_blocks(path, n):
 
 
 def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
-    """Encode files side by side, block by block: yields (i, codes (t, K) uint16, mel (t, 80) float16) of paths[i].
+    """Encode files side by side, block by block. Yields of paths[i], as it comes,
 
-    Everything is causal, so a file that ends before others is padded and what the padding gives is left out. At the
-    end of each file comes (i, problem, None), problem: None, or why it cannot be used.
+        (i, codes (t, K) uint16, mel (t, 80) float16)    the next frames
+        (i, problem, None)                               at its end; problem: None, or why it cannot be used
+
+    Everything is causal, so a file that ends before others is padded and what the padding gives is left out.
     mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. latents: in
     place of the mel of either the codec's vectors for it, (t, C). lookahead, window: as in `log_mel`.
     """
@@ -109,7 +111,8 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
     readers, waiting = {i: read_blocks(path, block_size) for i, path in enumerate(paths)}, set(range(len(paths)))
     n_samples, problems, done, codes = [0] * len(paths), {}, 0, None
     while waiting:
-        waves, longest, flush = np.zeros((len(paths), block_size), np.float32), 0, not readers
+        flush = not readers                                   # all have ended, but a mel that looks ahead lags behind
+        waves, longest = np.zeros((len(paths), block_size), np.float32), 0
         for i, reader in list(readers.items()):
             try:
                 block = next(reader)
@@ -120,7 +123,6 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
             longest = max(longest, len(block))
             if len(block) < block_size:
                 del readers[i]
-        # when all have ended, a mel that looks ahead still wants to see the silence after them
         wave = torch.from_numpy(waves[:, :max(0, lookahead) if flush else longest]).to(codec.device)
         unquantised = encoder.latents(wave)                   # (B, C, t)
         new = codec.quantize(unquantised, codec.n_codebooks)  # (B, K, t)
@@ -129,11 +131,13 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
             mel = (codec.dequantize(new[:, :mel_codebooks]) if mel_codebooks else unquantised).mT         # (B, t, C)
         else:                                                 # (B, u, 80); with a lookahead they come later
             mel = spectrogram.push(decoder.push(new[:, :mel_codebooks]) if decoder else wave)
+        # frames whose mel has arrived; the codes of later ones wait for theirs
         ready, codes = codes[..., :mel.shape[1]], codes[..., mel.shape[1]:]
         for i in sorted(waiting):
-            n = max(0, min(n_samples[i] // HOP - done, mel.shape[1]))
+            left = n_samples[i] // HOP - done                 # frames of file i that were read and not yet yielded
+            n = min(left, mel.shape[1])
             yield i, ready[i, :, :n].T.cpu().numpy().astype(np.uint16), mel[i, :n].cpu().numpy().astype(np.float16)
-            if i not in readers and (i in problems or n_samples[i] // HOP <= done + mel.shape[1]):
+            if i not in readers and (i in problems or left <= n):
                 waiting.remove(i)
                 short = f"shorter than one frame of {HOP} samples" if n_samples[i] < HOP else None
                 yield i, problems.get(i, short), None
@@ -346,18 +350,17 @@ def _join(home, dataset, name, names, made_with, problems):
     lengths = [path.stat().st_size // row.itemsize for path in paths]                     # in frames
     ends, n_frames = np.cumsum(lengths), sum(lengths)
     clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable]
-    if len(clips) == 1 and not _split_by_folder(names, dataset):
+    if _split_by_folder(names, dataset):                      # even if one side has lost all its files
+        is_val = [name.startswith("val/") for name in used]
+    elif len(used) > 1:
+        is_val = split_clips(used, dataset)
+    else:
         if n_frames < 10:
             raise DataError(f"dataset '{name}' holds {n_frames} frames in one file: too few to train and validate on")
         print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
         cut = n_frames - max(1, n_frames // 10)
-        clips, used, is_val, n_train = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True], [cut]
-    else:
-        if _split_by_folder(names, dataset):                  # even if one side has lost all its files
-            is_val = [name.startswith("val/") for name in used]
-        else:
-            is_val = split_clips(used, dataset)
-        n_train = [length * (not val) for length, val in zip(lengths, is_val)]            # what trains of each file
+        clips, used, is_val = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True]
+    n_train = [(end - start) * (not val) for (start, end), val in zip(clips.tolist(), is_val)]    # of each file
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
     n_mels = made_with["n_mels"]
@@ -404,7 +407,7 @@ class Dataset:
             self.meta = json.loads((home / "meta.json").read_text())
             clips, statistics = np.load(home / "clips.npy"), np.load(home / "mel_statistics.npz")
             self.mel_statistics = statistics["mean"], statistics["covariance"]
-            made_of = [{**self.meta, "dataset": None}, clips.tolist()]
+            made_of = [{**self.meta, "dataset": None, "codec": None}, clips.tolist()]
             self.audio = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
             is_val = np.array([clip["val"] for clip in self.meta["clips"]])
             self.train, self.val = clips[~is_val], clips[is_val]
@@ -473,8 +476,7 @@ class Dataset:
             codes[row, 0, 0] = START
             codes[row, :, at_start:n] = all_codes[shown].T
             mel[row, at_start:n] = all_mel[shown]
-            targets[row, :, :n] = all_codes[first:first + n].T
-            targets[row, :, :score_from] = IGNORE
+            targets[row, :, score_from:n] = all_codes[first + score_from:first + n].T
         if targets.max() >= CODEBOOK_SIZE:
             raise self.damaged("codes that do not exist")
         return torch.from_numpy(codes), torch.from_numpy(mel), torch.from_numpy(targets)

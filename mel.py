@@ -10,9 +10,9 @@ one column of codec tokens stands for, and its window ends exactly there:
     frame 2   ├───┼───────────────────────────────────┤             stretch = wave[-64 : 960], zeros before the clip
               zeros                                   └ (t+1)*HOP = 960: not one sample later
 
-The usual centred window reaches past (t+1)*HOP, into the audio of the token that a model at this position has to
-predict. That makes the likelihood look better than it is, and cannot be done while sampling. `lookahead` lets the
-window reach past on purpose, to measure how much that leak is worth.
+The usual window is centred on the frame's first sample and reaches 192 samples past (t+1)*HOP, into the audio of the
+token that a model at this position has to predict. That makes the likelihood look better than it is, and cannot be done
+while sampling. `lookahead` lets the window reach past on purpose, to measure how much that leak is worth.
 
 The other is *where* in it a frame listens. The usual Hann window of 1024 samples is nearly deaf at its end, and that
 is where the frame's own 320 samples are: they make a tenth of what it hears. Ours rises for 480 samples and falls in

@@ -15,7 +15,7 @@ the codes already chosen for the next frame, and predicts the next finer one (as
 RQ-Transformer, 2203.01941):
 
     stack's output ─┬─ head ────────── code 1          time and depth are two clocks: a frame stays one position
-                    └─ depth blocks ── code 2 ... K    of the stack, and the stack still reads code 1 and mel only
+                    └─ depth blocks ── code 2 ... K    of the stack, which reads what it read before
 
 Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention, a SiLU MLP, no biases.
 
@@ -158,6 +158,12 @@ class Cache:
 
 # ----------------------------------------------------------------------------- the model
 
+def mean_nll(logits, targets):
+    """Mean cross-entropy in nats, logits (n, 1024), over the targets (n,) that count; 0 where none does."""
+    nll = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+    return nll / (targets != IGNORE).sum().clamp(min=1)
+
+
 class HybridGPT(nn.Module):
     """Predictor of the next frame's codes from two aligned streams, coarse codes and log-mel frames.
 
@@ -210,8 +216,8 @@ class HybridGPT(nn.Module):
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too.
-        # finer_embedding and depth_embedding stay small: they are thousands of rarely used random vectors, which at full
-        # size drown what they are added to until each is learnt
+        # finer_embedding and depth_embedding stay small: thousands of rarely used random vectors, which at full size
+        # drown what they are added to until each is learnt
         for name in ("mel_in", "code_embedding", "fuse", "depth_in"):
             if layer := getattr(self, name, None):
                 n_terms = getattr(layer, "in_features", 1)    # of variance 1, which it sums; an embedding has only one
@@ -251,15 +257,13 @@ class HybridGPT(nn.Module):
         logits = self.head(x)                                                     # (B, T, 1024)
         if targets is None:
             return logits, None
-        nll = lambda scores, codes: F.cross_entropy(scores.float(), codes, ignore_index=IGNORE, reduction="sum") / (
-            codes != IGNORE).sum().clamp(min=1)
-        losses = [nll(logits.flatten(0, 1), targets[:, 0].flatten())]
+        losses = [mean_nll(logits.flatten(0, 1), targets[:, 0].flatten())]
         if self.config.n_codebooks > 1:
             if depth_frames is not None:
                 x, targets = x[:, depth_frames], targets[:, :, depth_frames]
             targets = targets[:, :self.config.n_codebooks].transpose(1, 2).flatten(0, 1)              # (n, K)
             finer = self.finer_logits(x.flatten(0, 1), targets[:, :-1].clamp(min=0))
-            losses += [nll(finer[:, k], targets[:, k + 1]) for k in range(finer.shape[1])]
+            losses += [mean_nll(finer[:, k], targets[:, k + 1]) for k in range(finer.shape[1])]
         return logits, torch.stack(losses)
 
     def stack(self, codes, mel, cache=None):

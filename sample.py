@@ -34,8 +34,8 @@ from corpora import DISK_FULL
 from data import DataError, read_audio
 from mel import FRAME_RATE, HOP, SAMPLE_RATE, WINDOW, StreamingLogMel
 from model import START, Cache, CheckpointError, load_checkpoint
-from tokens import CodecError, load_codec
-from train import choose_device
+from tokens import CodecError
+from train import choose_device, its_codec
 
 
 def load(path, device="cpu", codec=None, codec_dir=None):
@@ -49,16 +49,13 @@ def load(path, device="cpu", codec=None, codec_dir=None):
     if model.config.n_input_codebooks > model.config.n_codebooks:
         raise CheckpointError(f"{path} reads {model.config.n_input_codebooks} codebooks and predicts "
                               f"{model.config.n_codebooks}: it can be scored but not sampled")
-    if checkpoint["lookahead"] or tuple(checkpoint["window"]) != WINDOW:
+    hears = model.config.use_mel                              # a token-only model was shown a mel and ignored it
+    if hears and (checkpoint["lookahead"] or tuple(checkpoint["window"]) != WINDOW):
         raise CheckpointError(f"{path} was trained on the mel of --lookahead {checkpoint['lookahead']} --window "
                               f"{' '.join(map(str, checkpoint['window']))}: it can be scored but not sampled")
-    if checkpoint.get("latents"):
+    if hears and checkpoint.get("latents"):
         raise CheckpointError(f"{path} was trained on --latents, not on a mel: it can be scored but not sampled")
-    codec = load_codec(codec or checkpoint["codec"], device, codec_dir)
-    if codec.checksum != checkpoint["codec_checksum"]:
-        raise CodecError(f"{path} was trained on codes of codec {checkpoint['codec']} "
-                         f"({checkpoint['codec_checksum']}), not on those of {codec.name} ({codec.checksum})")
-    return model, codec, checkpoint
+    return model, its_codec(checkpoint, path, device, codec or checkpoint["codec"], codec_dir), checkpoint
 
 
 def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -127,8 +124,9 @@ def parse_arguments():
     add("--codec", help="codec to decode with (default: the one the checkpoint names)")
     add("--codec-dir", help="folder with EnCodec's weights")
     add("--device", help="default: the first of cuda, mps and cpu that is there")
-    add("--out", default="sample.wav", help="a file there is replaced; with --num 3: sample-1.wav, sample-2.wav, "
-        "sample-3.wav; -: raw 16-bit PCM, mono, 24 kHz, to standard output while it is generated (default: %(default)s)")
+    add("--out", default="sample.wav", help="a file there is replaced, when all is generated; with --num 3: "
+        "sample-1.wav, sample-2.wav, sample-3.wav; -: raw 16-bit PCM, mono, 24 kHz, to standard output while it is "
+        "generated (default: %(default)s)")
     args = parser.parse_args()
     if not 1 <= args.seconds * FRAME_RATE < math.inf or args.num < 1:            # nan fails every comparison
         parser.error(f"--seconds must be at least one frame (1/{FRAME_RATE}) and --num at least 1")
@@ -153,8 +151,8 @@ def main():
     model, codec, checkpoint = load(args.ckpt, choose_device(args.device), args.codec, args.codec_dir)
     trained_on, heard = checkpoint["mel_codebooks"], model.config.n_codebooks
     if model.config.use_mel and trained_on != heard:
-        print(f"note: {args.ckpt} learnt from the mel of {f'{trained_on} codebooks' if trained_on else 'recordings'} and "
-              f"hears that of the {heard} it predicts: expect less of it than its NLL says", file=sys.stderr)
+        print(f"note: {args.ckpt} learnt from the mel of {f'{trained_on} codebooks' if trained_on else 'recordings'} "
+              f"and hears that of the {heard} it predicts: expect less of it than its NLL says", file=sys.stderr)
     prompt = None
     if args.prompt is not None:
         wave = torch.from_numpy(np.concatenate(list(read_audio(args.prompt))))
@@ -167,12 +165,12 @@ def main():
     generator = torch.Generator().manual_seed(args.seed)
     parts = [] if live else [name.with_name(f".{name.stem}.part{name.suffix}") for name in names]
     start = time.time()
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as cleanup:
         for part in parts:
-            stack.callback(part.unlink, missing_ok=True)
+            cleanup.callback(part.unlink, missing_ok=True)
         if sys.stderr.isatty():
-            stack.callback(print, file=sys.stderr)            # ends the line that shows the progress
-        files = [stack.enter_context(soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, "PCM_16")) for part in parts]
+            cleanup.callback(print, file=sys.stderr)          # ends the line that shows the progress
+        files = [cleanup.enter_context(soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, "PCM_16")) for part in parts]
         for t, (_, wave) in enumerate(generate(model, codec, n_frames, args.num, prompt, args.temperature,
                                                args.finer_temperature, top_k=args.top_k, top_p=args.top_p,
                                                generator=generator), start=1):

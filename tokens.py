@@ -147,11 +147,10 @@ class StreamDecoder:
             if self.codec.silence_frames:
                 silence = self.codec.silence_codes[:, :codes.shape[1]].expand(len(codes), -1, -1)
                 run_piece(model.decoder.model, self.codec.dequantize(silence), self.state)
-        waves = [codes.new_zeros(len(codes), 0, dtype=torch.float32)]
-        for piece in codes.split(PIECE // HOP, dim=-1):
-            if piece.shape[-1]:
-                waves.append(run_piece(model.decoder.model, self.codec.dequantize(piece), self.state)[:, 0])
-        return torch.cat(waves, dim=-1)
+        if codes.shape[-1] == 0:
+            return codes.new_zeros(len(codes), 0, dtype=torch.float32)
+        return torch.cat([run_piece(model.decoder.model, self.codec.dequantize(piece), self.state)[:, 0]
+                          for piece in codes.split(PIECE // HOP, dim=-1)], dim=-1)
 
 
 # ----------------------------------------------------------------------------- the codec
@@ -284,17 +283,12 @@ def _load_encodec(device, folder):
     where = Path(folder) / ENCODEC_FILE if folder else encodec.model.ROOT_URL + ENCODEC_FILE
     checksum = ENCODEC_FILE.split("-")[1].split(".")[0]       # verified by the package, but not for a cached download
     cached = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_FILE
+    if not folder and cached.is_file() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(checksum):
+        raise CodecError(f"the cached download {cached} is damaged: delete it and try again")
     try:
-        if folder and not where.is_file():
-            raise FileNotFoundError("no such file")
-        if not folder and cached.is_file():
-            if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(checksum):
-                raise CodecError(f"the cached download {cached} is damaged: delete it and try again")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = EncodecModel.encodec_model_24khz(repository=Path(folder) if folder else None)
-    except CodecError:
-        raise
     except Exception as error:       # network, disk, checksum, unpickling: all mean that the weights cannot be had
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CodecError(f"cannot load EnCodec's weights from {where} ({reason}); fetch "

@@ -41,9 +41,10 @@ from tokens import CodecError, load_codec
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
-SHOWN = ("dataset", "codec", "mel_codebooks", "latents", "lookahead", "window")     # options: what a model is shown,
-MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile")                    # what may differ after --resume,
-NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")             # and what is no part of the run
+# options by what they are: what a model is shown; what may be another after --resume; what is no part of the run
+SHOWN = ("dataset", "codec", "mel_codebooks", "latents", "lookahead", "window")
+MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile")
+NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")
 
 
 def parse_arguments():
@@ -62,9 +63,9 @@ def parse_arguments():
     add("--window", type=int, nargs=2, default=WINDOW, metavar=("RISE", "FALL"), help="shape of the mel's window, in "
         "samples; 512 512 is the Hann window (default: %(default)s; models of another can be scored, not sampled)")
     add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
-        "--window 512 512: the usual centred one), to measure what the look into the future is worth; -N: the same "
-        "window, but what lies past the frame counts as zero (default: %(default)s; models of another can be scored, "
-        "not sampled)")
+        "--window 512 512: the usual one, centred on the frame's first sample), to measure what the look into the "
+        "future is worth; -N: the same window, but what lies past the frame counts as zero (default: %(default)s; "
+        "models of another can be scored, not sampled)")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, default="nano", help="preset of model.py (default: %(default)s)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
@@ -94,11 +95,11 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="start anew although --out exists")
     add("--eval", metavar="CKPT", help="print a checkpoint's validation figures, each clip's NLL too, and stop")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "accumulate", "eval_every", "n_codebooks"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.mel_codebooks is not None and args.mel_codebooks < 0:
-        parser.error("--mel-codebooks must be 0 or more")
+    for name, least in dict(steps=1, batch_size=1, accumulate=1, eval_every=1, n_codebooks=1, warmup=0, weight_decay=0,
+                            seed=0, mel_codebooks=0).items():
+        value = getattr(args, name)
+        if value is not None and not least <= value < 2**63:                      # false for nan, too
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     read = {f.name: {"True": True, "False": False}.__getitem__ if f.type is bool else f.type
             for f in dataclasses.fields(Config) if f.name not in ("n_codebooks", "context", "dropout", "n_mels")}
     fields = {}
@@ -111,9 +112,6 @@ def parse_arguments():
                          "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
     args.set = fields
     args.window = tuple(args.window)
-    for name in ("warmup", "weight_decay", "seed"):
-        if not 0 <= getattr(args, name) < 2**63:              # false for nan, too
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more")
     if not ((args.lr is None or 0 < args.lr < math.inf) and args.clip > 0 and 0 <= args.dropout < 1):
         parser.error("--lr and --clip must be above 0, --dropout at least 0 and below 1")
     if args.context is not None and (args.context < 2 or args.context % 2):
@@ -126,7 +124,8 @@ def parse_arguments():
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
     no_defaults = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args))))
     args.given = {name for name, value in vars(no_defaults).items() if value is not None}
-    if args.eval and (others := sorted(args.given - {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"})):
+    may_vary = {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"} - {"latents"}
+    if args.eval and (others := sorted(args.given - may_vary)):
         parser.error(f"--eval scores a checkpoint as it is: --{others[0].replace('_', '-')} has no place beside it")
     return args
 
@@ -156,7 +155,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    sums, counts = np.zeros(len(data.val)), np.zeros(len(data.val))
+    sums, counts = np.zeros(len(data.val)), np.diff(data.val)[:, 0]               # every frame is a target once
     correct, finer = 0, np.zeros(model.config.n_codebooks - 1)
     for codes, mel, targets, clip in data.validation(model.config.context, batch_size):
         with autocast:
@@ -167,7 +166,6 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
                               reduction="none").sum(1)                            # (B,)
         correct += (logits.argmax(-1).cpu() == targets).sum().item()              # IGNORE is never an argmax
         np.add.at(sums, clip.numpy(), nll.cpu().double().numpy())
-        np.add.at(counts, clip.numpy(), (targets != IGNORE).sum(1).numpy())
     model.train(was_training)
     nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
     figures = {"val_nll": nll, "val_ppl": float(np.exp(min(nll, 700))), "val_acc": accuracy}
@@ -178,7 +176,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
 
 def by_clip(sums, counts):
     """Each clip's mean NLL and number of targets, from what `evaluate` returns: a bootstrap needs them."""
-    return {"clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.astype(int).tolist()}
+    return {"clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.tolist()}
 
 
 def counted(targets, depth_frames):
@@ -221,16 +219,15 @@ def new_model(args, codec):
                                  n_codebooks=args.n_codebooks, **args.set)
     if args.latents:
         config.n_mels = codec.vectors.shape[-1]
-    torch.manual_seed(args.seed)
-    try:
-        model = HybridGPT(config)
-    except ValueError as error:
-        sys.exit(f"error: --set: {error}")
     wanted = max(config.n_codebooks, config.n_input_codebooks)
     if wanted > codec.n_codebooks:
         raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {wanted}: choose --n-codebooks "
                          "and n_input_codebooks")
-    return model
+    torch.manual_seed(args.seed)
+    try:
+        return HybridGPT(config)
+    except ValueError as error:
+        sys.exit(f"error: --set: {error}")
 
 
 def interrupted(args, last, device):
@@ -247,12 +244,12 @@ def interrupted(args, last, device):
     return model, checkpoint
 
 
-def its_codec(args, checkpoint, path, device):
-    """The codec of the checkpoint in `path`; `args` say where it is, and it must be the same."""
-    codec = load_codec(args.codec, device, args.codec_dir)
-    if checkpoint["codec_checksum"] != codec.checksum:
-        raise CheckpointError(f"{path} was trained on codes of codec {checkpoint['codec']} "
-                              f"({checkpoint['codec_checksum']}); {args.codec} here is {codec.checksum}")
+def its_codec(checkpoint, path, device, name, folder):
+    """The codec that the checkpoint in `path` was trained with, by the name that it has here."""
+    codec = load_codec(name, device, folder)
+    if codec.checksum != checkpoint["codec_checksum"]:
+        raise CodecError(f"{path} was trained on codes of codec {checkpoint['codec']} "
+                         f"({checkpoint['codec_checksum']}), not on those of {codec.name} ({codec.checksum})")
     return codec
 
 
@@ -275,7 +272,7 @@ def score(args, device):
     model, checkpoint = load_checkpoint(args.eval, device)
     for name in set(SHOWN) - args.given:
         setattr(args, name, checkpoint.get(name, getattr(args, name)))            # assets/ was trained before --latents
-    codec = its_codec(args, checkpoint, args.eval, device)
+    codec = its_codec(checkpoint, args.eval, device, args.codec, args.codec_dir)
     data = open_data(args, codec)
     figures, sums, counts = evaluate(model, data, args.batch_size, precision(args, device))
     print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name,
@@ -311,7 +308,7 @@ def main():
         by_cpu = dist.new_group(backend="gloo", timeout=timedelta(days=1))        # to wait in without using a GPU
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
-    if RANK:                                                  # the first process alone prepares, evaluates and writes
+    if RANK:                                                  # the first process alone evaluates and writes
         log_path, sys.stdout = Path(os.devnull), open(os.devnull, "w")
 
     # --- what the run is: from the command line, or from the checkpoint that is continued
@@ -325,16 +322,13 @@ def main():
     if not os.access(out.parent, os.W_OK):                    # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
     if args.resume:
-        codec = its_codec(args, checkpoint, last, device)
+        codec = its_codec(checkpoint, last, device, args.codec, args.codec_dir)
     else:
         codec = load_codec(args.codec, device, args.codec_dir)
         model = new_model(args, codec)
-    if RANK:
-        dist.barrier(group=by_cpu)                            # until it is prepared
-    data = open_data(args, codec)
-    if WORLD > 1 and RANK == 0:
-        dist.barrier(group=by_cpu)
-    unigram, autocast = data.unigram_nll(), precision(args, device)
+    data = open_data(args, codec)                             # one process prepares, the others wait for its lock
+    unigram = 0.0 if RANK else data.unigram_nll()             # reads all codes
+    autocast = precision(args, device)
 
     # --- model, optimiser
     if not args.resume:
@@ -357,6 +351,7 @@ def main():
         step, tokens_seen, seconds, best = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "best"))
         if not out.exists():                                  # lost: the next evaluation writes it anew
             best = math.inf
+        checkpoint = None                                     # or its memory would stay taken
     compiled = device.type == "cuda" if args.compile is None else args.compile
     forward = torch.compile(model) if compiled else model
     if WORLD > 1:
@@ -368,8 +363,7 @@ def main():
     log = open(log_path, "a")
 
     def report(figures):
-        log.write(json.dumps(figures) + "\n")
-        log.flush()
+        print(json.dumps(figures), file=log, flush=True)
 
     n_params, context = model.n_params(), model.config.context
     print(f"{args.model}: {n_params / 1e6:.2f} M parameters, context {context}, on {device} in {args.dtype}")

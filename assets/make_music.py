@@ -7,7 +7,7 @@ music/val. Validation pieces share no melody and no whole chord sequence with th
 
     apt-get install --no-install-recommends fluidsynth fluid-soundfont-gm
     python assets/make_music.py            # about three minutes; writes assets/music/{train,val}/*.ogg
-    python assets/make_music.py --minutes 170 --out corpora/large/music        # more to train on, the same validation
+    python assets/make_music.py --more 128 --out corpora/large/music       # 128 minutes more to train on
 
 Needs numpy, soundfile and soxr. The soundfont is FluidR3 GM by Frank Wen, MIT licence (see
 /usr/share/doc/fluid-soundfont-gm/copyright). The same seed gives the same music; only the random stream
@@ -392,38 +392,38 @@ def render(p, soundfont, folder):
 def main():
     parser = argparse.ArgumentParser(description="Compose and render the music corpus.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "music")
-    parser.add_argument("--minutes", type=float, default=MINUTES["train"],
-                        help="of training music (default: %(default)s)")
+    parser.add_argument("--more", type=float, default=0, help="minutes of further training music (default: none)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     soundfont = next((path for path in SOUNDFONTS if Path(path).exists()), None)
     if not shutil.which("fluidsynth") or not soundfont:
         sys.exit("make_music.py needs: apt-get install --no-install-recommends fluidsynth fluid-soundfont-gm")
     args.out.mkdir(parents=True, exist_ok=True)
-    taken, train_programs = set(), set()
+    stages = [*MINUTES.items(), *([("train", args.more)] if args.more else [])]
+    number, taken, train_programs = 0, {"train": set(), "val": set()}, set()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        # validation is numbered on from the bundled training pieces: more of these leave it as it is
-        for split, minutes, number in (("train", args.minutes, 0), ("val", MINUTES["val"], 83)):
-            (work / split).mkdir()
+        for split, minutes in stages:
+            (work / split).mkdir(exist_ok=True)
             seconds, pieces, programs, size = 0, 0, set(), 0
             while seconds < 60 * minutes:
                 if pieces % 24 == 0:  # every key comes once in 24 pieces
                     keys = list(itertools.product(range(55, 67), (False, True)))
                     random.Random(f"{args.seed} {split} {pieces}").shuffle(keys)
                 style = list(STYLES)[pieces % len(STYLES)]
-                for attempt in itertools.count():  # another attempt, if a phrase was heard in train
+                for attempt in itertools.count():  # another attempt, if a phrase was heard in the other split
                     p = compose(f"{args.seed} {split} {number} {attempt}", style, *keys[pieces % 24])
                     marks = p.lines | {("chords", *p.chords)}
-                    if split == "train" or not (marks & taken or set(p.programs) - train_programs):
+                    heard = taken["val" if split == "train" else "train"]
+                    if not (marks & heard or split == "val" and set(p.programs) - train_programs):
                         break
                 number, pieces = number + 1, pieces + 1
                 audio = render(p, soundfont, work)
                 path = work / split / f"{style.__name__}-{number:03d}.ogg"
                 soundfile.write(path, audio, RATE, format="OGG", subtype="OPUS",
                                 compression_level=.92)  # libsndfile's scale: about 27 kbit/s
+                taken[split] |= marks
                 if split == "train":
-                    taken |= marks
                     train_programs |= set(p.programs)
                 programs |= set(p.programs)
                 seconds, size = seconds + len(audio) / RATE, size + path.stat().st_size

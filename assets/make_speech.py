@@ -3,7 +3,7 @@ A miniature speech corpus: sentences from a small grammar, read aloud by free te
 
     apt-get install --no-install-recommends flite espeak-ng festival festvox-us-slt-hts festvox-kdlpc16k
     python assets/make_speech.py              # writes assets/speech/{train,val}/<voice>-<number>.ogg
-    python assets/make_speech.py --clips 748 --out corpora/large/speech        # more to train on, the same validation
+    python assets/make_speech.py --more 561 --out corpora/large/speech        # 561 clips more to train on
 
 Every clip is one voice speaking a short passage on one topic. No sentence occurs twice anywhere. The last
 two words of every list and the last template of every topic are kept for validation, so val is not only a
@@ -335,7 +335,7 @@ def main():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description="render the miniature speech corpus")
     parser.add_argument("--out", default=os.path.join(here, "speech"), help="folder to write (replaced)")
-    parser.add_argument("--clips", type=int, default=CLIPS["train"], help="to train on (default: %(default)s)")
+    parser.add_argument("--more", type=int, default=0, help="further training clips (default: none)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for engine, packages in PACKAGES.items():
@@ -345,7 +345,7 @@ def main():
     taken = set()
     # val first: train then takes none of its sentences
     plans = {split: plan(split, n_clips, taken, random.Random(f"{args.seed} {split}"))
-             for split, n_clips in (("val", CLIPS["val"]), ("train", args.clips))}
+             for split, n_clips in (("val", CLIPS["val"]), ("train", CLIPS["train"] + args.more))}
     out = os.path.abspath(args.out)
     os.makedirs(os.path.dirname(out), exist_ok=True)
     # everything is rendered next to its place and moved there at the end: no half-made corpus

@@ -29,6 +29,7 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -108,40 +109,45 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
     block_size = BLOCK if codec.device.type == "cuda" else max(BLOCK // len(paths) // HOP, 1) * HOP      # bounds memory
     encoder, spectrogram = codec.stream_encoder(), StreamingLogMel(lookahead, window)
     decoder = codec.stream_decoder() if mel_codebooks else None
-    readers, waiting = {i: read_blocks(path, block_size) for i, path in enumerate(paths)}, set(range(len(paths)))
+    readers, waiting = [read_blocks(path, block_size) for path in paths], set(range(len(paths)))
     n_samples, problems, done, codes = [0] * len(paths), {}, 0, None
-    while waiting:
-        flush = not readers                                   # all have ended, but a mel that looks ahead lags behind
-        waves, longest = np.zeros((len(paths), block_size), np.float32), 0
-        for i, reader in list(readers.items()):
-            try:
-                block = next(reader)
-            except DataError as error:
-                problems[i], block = str(error).removeprefix(f"{paths[i]}: "), waves[i, :0]
-            waves[i, :len(block)] = block
-            n_samples[i] += len(block)
-            longest = max(longest, len(block))
-            if len(block) < block_size:
-                del readers[i]
-        wave = torch.from_numpy(waves[:, :max(0, lookahead) if flush else longest]).to(codec.device)
-        unquantised = encoder.latents(wave)                   # (B, C, t)
-        new = codec.quantize(unquantised, codec.n_codebooks)  # (B, K, t)
-        codes = new if codes is None else torch.cat([codes, new], dim=-1)
-        if latents:
-            mel = (codec.dequantize(new[:, :mel_codebooks]) if mel_codebooks else unquantised).mT         # (B, t, C)
-        else:                                                 # (B, u, 80); with a lookahead they come later
-            mel = spectrogram.push(decoder.push(new[:, :mel_codebooks]) if decoder else wave)
-        # frames whose mel has arrived; the codes of later ones wait for theirs
-        ready, codes = codes[..., :mel.shape[1]], codes[..., mel.shape[1]:]
-        for i in sorted(waiting):
-            left = n_samples[i] // HOP - done                 # frames of file i that were read and not yet yielded
-            n = min(left, mel.shape[1])
-            yield i, ready[i, :, :n].T.cpu().numpy().astype(np.uint16), mel[i, :n].cpu().numpy().astype(np.float16)
-            if i not in readers and (i in problems or left <= n):
-                waiting.remove(i)
-                short = f"shorter than one frame of {HOP} samples" if n_samples[i] < HOP else None
-                yield i, problems.get(i, short), None
-        done += mel.shape[1]
+    with ThreadPoolExecutor(len(paths)) as pool:              # files are read side by side, and while the codec works
+        reading = {i: pool.submit(next, reader) for i, reader in enumerate(readers)}
+        while waiting:
+            flush = not reading                               # all have ended, but a mel that looks ahead lags behind
+            waves, longest = np.zeros((len(paths), block_size), np.float32), 0
+            for i, block in list(reading.items()):
+                try:
+                    block = block.result()
+                except DataError as error:
+                    problems[i], block = str(error).removeprefix(f"{paths[i]}: "), waves[i, :0]
+                waves[i, :len(block)] = block
+                n_samples[i] += len(block)
+                longest = max(longest, len(block))
+                if len(block) < block_size:
+                    del reading[i]
+                else:
+                    reading[i] = pool.submit(next, readers[i])
+            wave = torch.from_numpy(waves[:, :max(0, lookahead) if flush else longest]).to(codec.device)
+            unquantised = encoder.latents(wave)                   # (B, C, t)
+            new = codec.quantize(unquantised, codec.n_codebooks)  # (B, K, t)
+            codes = new if codes is None else torch.cat([codes, new], dim=-1)
+            if latents:
+                mel = (codec.dequantize(new[:, :mel_codebooks]) if mel_codebooks else unquantised).mT     # (B, t, C)
+            else:                                                 # (B, u, 80); with a lookahead they come later
+                mel = spectrogram.push(decoder.push(new[:, :mel_codebooks]) if decoder else wave)
+            # frames whose mel has arrived; the codes of later ones wait for theirs
+            ready, codes = codes[..., :mel.shape[1]].mT.cpu().numpy().astype(np.uint16), codes[..., mel.shape[1]:]
+            mel = mel.cpu().numpy().astype(np.float16)
+            for i in sorted(waiting):
+                left = n_samples[i] // HOP - done                 # frames of file i that were read and not yet yielded
+                n = min(left, mel.shape[1])
+                yield i, ready[i, :n], mel[i, :n]
+                if i not in reading and (i in problems or left <= n):
+                    waiting.remove(i)
+                    short = f"shorter than one frame of {HOP} samples" if n_samples[i] < HOP else None
+                    yield i, problems.get(i, short), None
+            done += mel.shape[1]
 
 
 # ----------------------------------------------------------------------------- preparing a dataset

@@ -27,7 +27,7 @@ size      both models narrower and wider (not in pairs of equal size: two curves
           inverse proportion to the width
 steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
 noise     `nano` and `coarse` with noise on the mel they are trained on, as one's own voice is never quite right
-shipped   the recipe of the models in assets/: `nano` with noise, `nano-gpt` without, for 600 steps; three seeds
+shipped   the recipe of the models in assets/, `nano` with noise and `nano-gpt`, for 600 steps, and `nano` without noise
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
@@ -87,7 +87,7 @@ EXPERIMENTS = {                                               # question: {model
     "noise": {f"{name}-noise": [*options, "--set", "mel_noise=0.5"]
               for name, options in (("nano", NANO), ("coarse", COARSE))},
     "shipped": {"nano-noise-steps600": [*NANO, "--steps", "600", "--set", "mel_noise=0.5"],
-                "nano-gpt-steps600": [*NANO_GPT, "--steps", "600"]},
+                "nano-steps600": [*NANO, "--steps", "600"], "nano-gpt-steps600": [*NANO_GPT, "--steps", "600"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32": [*options, "--context", "32", "--batch-size", "128"]

@@ -357,6 +357,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(run, ckpt, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (lambda c: c.update(lookahead=192), ["--lookahead 192", "not sampled"]),
     (lambda c: c.update(latents=True), ["--latents", "not sampled"]),
+    (lambda c: (c.update(lookahead=192), c["config"].update(use_mel=False, use_codes=True)), []),
     (lambda c: c.update(window=[512, 512]), ["--window 512 512", "not sampled"]),
     (lambda c: c["config"].update(use_codes=False, use_mel=True), []),
     (lambda c: c["config"].update(n_input_codebooks=9, use_codes=True), ["reads 9 codebooks", "not sampled"])])

@@ -394,6 +394,14 @@ def test_a_run_continues_where_its_folder_has_another_name(run, tmp_path):
     assert resumed.code == 0, resumed.err
 
 
+def test_a_run_continues_where_its_codec_has_another_name(run, tmp_path, tiny_codec_file):
+    shutil.copy(tiny_codec_file, tmp_path / "mine.pt")
+    assert run(tmp_path, "--codec", tmp_path / "mine.pt").code == 0
+    (tmp_path / "mine.pt").rename(tmp_path / "renamed.pt")
+    resumed = run(tmp_path, "--resume", "--codec", tmp_path / "renamed.pt", small=False)
+    assert resumed.code == 0, resumed.err
+
+
 def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(run, tmp_path):
     sizes, validation = set(), data.Dataset.validation
 
@@ -677,6 +685,7 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--window", 0, 64], ["rises for 0", "1024"]),
     (["--eval", ""], ["--eval wants a checkpoint"]),
     (["--eval", "out.pt"], ["--eval", "--context has no place"]),
+    (["--n-codebooks", 1_000_000], ["8 codebooks", "not 1000000"]),
     (["--set", "n_mels=40"], ["n_mels is fixed"]),
     (["--set", "n_head=0"], ["at least 1"]),
     (["--set", "n_layer=-1"], ["at least 1"]),
@@ -724,6 +733,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(run, trained, tmp_pat
     torch.save({"something": 1}, tmp_path / "foreign.pt")
     for name in ("half.pt", "foreign.pt", "absent.pt"):
         assert_refused(run(tmp_path, "--eval", name, small=False), name)
+    assert_refused(run(tmp_path, "--eval", trained / "out.pt", "--latents", small=False), "--latents has no place")
 
 
 def test_a_checkpoint_whose_codec_was_replaced_is_refused(run, tmp_path, tiny_codec_file):

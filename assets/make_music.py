@@ -395,6 +395,8 @@ def main():
     parser.add_argument("--more", type=float, default=0, help="minutes of further training music (default: none)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.more >= 0:
+        parser.error("--more must be 0 or more")
     soundfont = next((path for path in SOUNDFONTS if Path(path).exists()), None)
     if not shutil.which("fluidsynth") or not soundfont:
         sys.exit("make_music.py needs: apt-get install --no-install-recommends fluidsynth fluid-soundfont-gm")

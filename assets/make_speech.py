@@ -338,6 +338,8 @@ def main():
     parser.add_argument("--more", type=int, default=0, help="further training clips (default: none)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not args.more >= 0:
+        parser.error("--more must be 0 or more")
     for engine, packages in PACKAGES.items():
         if not shutil.which(engine):
             sys.exit(f"{engine} is not installed: apt-get install {packages}")

@@ -16,7 +16,7 @@ gap       what is gained with the recording's mel, and what is left of it with t
           `coarse-gpt`, and `coarse-heard`, trained on the mel of what eight codebooks decode to; `nano`, trained on
           that mel, too, and `nano-gpt`. Hybrids are scored with the mel of the original, of eight codebooks and of one
 window    `coarse` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our
-          kind; one seed, as all but gap, streams, shipped, short and paper: exploratory
+          kind; one seed, as all but gap, streams, longer, shipped, short and paper: exploratory
 leak      `coarse` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which
           shows what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel all eight codes as
@@ -27,7 +27,8 @@ size      both models narrower and wider (not in pairs of equal size: two curves
           inverse proportion to the width
 steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
 noise     `nano` and `coarse` with noise on the mel they are trained on, as one's own voice is never quite right
-shipped   the recipe of the models in assets/, `nano` with noise and `nano-gpt`, for 600 steps, and `nano` without noise
+longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
+shipped   the recipe of the models in assets/, for three hours of audio: `nano` with noise and `nano-gpt`, 1,200 steps
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
@@ -86,8 +87,10 @@ EXPERIMENTS = {                                               # question: {model
     "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
     "noise": {f"{name}-noise": [*options, "--set", "mel_noise=0.5"]
               for name, options in (("nano", NANO), ("coarse", COARSE))},
-    "shipped": {"nano-noise-steps600": [*NANO, "--steps", "600", "--set", "mel_noise=0.5"],
-                "nano-steps600": [*NANO, "--steps", "600"], "nano-gpt-steps600": [*NANO_GPT, "--steps", "600"]},
+    "longer": {"nano-noise-steps600": [*NANO, "--steps", "600", "--set", "mel_noise=0.5"],
+               "nano-steps600": [*NANO, "--steps", "600"], "nano-gpt-steps600": [*NANO_GPT, "--steps", "600"]},
+    "shipped": {"nano-noise-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=0.5"],
+                "nano-gpt-steps1200": [*NANO_GPT, "--steps", "1200"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32": [*options, "--context", "32", "--batch-size", "128"]
@@ -102,7 +105,7 @@ for model, options in MODELS.items():
         kind = model.split("-")[0]                            # coarse or nano
         twin = model.replace("-heard", "").replace("-noise", "").replace(kind, f"{kind}-gpt", 1)
         TWINS[model] = [twin if twin in MODELS else f"{kind}-gpt"]
-MANY = ("gap", "streams", "shipped", "short", "paper")        # questions asked with several seeds
+MANY = ("gap", "streams", "longer", "shipped", "short", "paper")    # questions asked with several seeds
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]

@@ -8,7 +8,7 @@ results/.
 
 A fair comparison needs models that are alike: `coarse` (tokens and mel) and `coarse-gpt` (tokens only), which predict
 the coarse code, have the same size, batches, steps, dropout and schedule; each may choose its learning rate from the
-same four, by validation NLL on the first dataset with seed 0, and keeps it for the other datasets, seeds and questions.
+same four, by validation NLL on the first dataset with seed 0 (or on --search), and keeps it for all else.
 The others have that of their kind, but for the four of `paper` and the one of `streams` that reads eight codes: these
 choose, too. `nano` and `nano-gpt` are the presets as they are: they predict all eight codes.
 
@@ -264,6 +264,7 @@ def main():
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
+    parser.add_argument("--search", metavar="DATASET", help="where learning rates are chosen (default: the first)")
     parser.add_argument("--seeds", type=int, default=3, help=f"how many, of {', '.join(MANY)} (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: one thread a run (default: cpu)")
@@ -279,7 +280,7 @@ def main():
             searched = ["coarse", "coarse-gpt"] * (args.only != ["paper"])
             searched += ["coarse-codes8"] * ("streams" in args.only)                      # reads something else
             search += [(m, lr) for lr in LEARNING_RATES for m in searched]
-            found = list(pool.map(lambda r: run(args.datasets[0], *r, 0, args.device), search))
+            found = list(pool.map(lambda r: run(args.search or args.datasets[0], *r, 0, args.device), search))
             nll = {r: result["best"]["val_nll"] for r, result in zip(search, found)}
             best = dict(sorted(search, key=nll.get, reverse=True))            # of each model the last, lowest, stays
             runs = []

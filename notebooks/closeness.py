@@ -10,11 +10,12 @@ how much it changes within the next 1/15 s. Two sets of clips are compared by th
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))      m mean, C covariance, in nats squared
 
 of two Gaussians with the mean and covariance of their vectors (Dowson and Landau, 1982); no network judges. It hears
-timbre, loudness, pauses and how fast things change, not words or melodies. All sets are compared with the validation
-clips, of which the first --seconds count. For scale, so are the training clips (nothing should be expected to come
-closer) and the codec's own copy of the validation clips. What a model has generated is measured again with its coarse
-codes alone decoded. Every generated set is drawn again with other seeds, to show how far chance alone moves a figure.
-Prints a table and writes a file, unless told otherwise results/closeness-DATASET.json.
+timbre, loudness, pauses and how fast things change, not words or melodies. All sets are compared twice: with the
+validation clips, of which the first --seconds count, and with the codec's own copy of them, which is the best that a
+model of its codes can do. For scale, so are the training clips and their copy (nothing should be expected to come
+closer). What a model has generated is measured again with its coarse codes alone decoded. Every generated set is drawn
+again with other seeds, to show how far chance alone moves a figure. Prints a table and writes a file, unless told
+otherwise results/closeness-DATASET.json.
 """
 import argparse
 import sys
@@ -25,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
-from experiments import label, machine, write
+from experiments import commit, label, machine, write
 from mel import FRAME_RATE, HANN, SAMPLE_RATE, log_mel
 from model import CheckpointError
 from sample import generate, load
@@ -101,19 +102,25 @@ def main():
     train, val = recordings(args.dataset, args.seconds)
     if not (train and val):
         raise DataError(f"{args.dataset}: wants at least two clips of more than {2 * LAG} frames, in both splits")
-    real = statistics(val)
+    copy = lambda waves, k: [codec.decode(codec.encode(wave[None], k))[0] for wave in waves]
+    targets = {"distance": statistics(val), "from_copy": statistics(copy(val, codec.n_codebooks))}
     rows = []
 
     def compare(name, sets, **facts):
-        by_seed = [round(frechet(statistics(waves), real), 2) for waves in sets]
-        rows.append({"what": name, "distance": round(np.mean(by_seed), 2), "by_seed": by_seed, **facts})
-        print(f"| {name} | {rows[-1]['distance']:.2f} | {' '.join(f'{d:.2f}' for d in by_seed)} |", flush=True)
+        row = {"what": name}
+        for target, real in targets.items():
+            by_seed = [round(frechet(statistics(waves), real), 2) for waves in sets]
+            row |= {target: round(np.mean(by_seed), 2), f"{target}_by_seed": by_seed}
+        rows.append(row | facts)
+        print(f"| {name} | " + " | ".join(f"{row[target]:.2f} ({' '.join(f'{d:.2f}' for d in row[f'{target}_by_seed'])})"
+                                          for target in targets) + " |", flush=True)
 
-    print(f"| {args.dataset}, against {len(val)} validation clips | distance | by seed |\n|---|---|---|")
+    print(f"| {args.dataset}: distance (by seed) | from {len(val)} validation clips | from the codec's copy of them |\n"
+          "|---|---|---|")
     compare("training clips", [train])
+    compare("training clips, decoded", [copy(train, codec.n_codebooks)])
     for k in (codec.n_codebooks, 1):
-        compare(f"validation clips, {k} codebook{'s' * (k > 1)} decoded",
-                [[codec.decode(codec.encode(wave[None], k))[0] for wave in val]])
+        compare(f"validation clips, {k} codebook{'s' * (k > 1)} decoded", [copy(val, k)])
     for path, (model, _, checkpoint) in models.items():
         for temperature, finer in args.temperature:
             sets = []
@@ -132,7 +139,7 @@ def main():
     command = f"python notebooks/closeness.py {' '.join(sys.argv[1:])}"
     write(out, {"command": command, "codec": codec.name, "codec_checksum": codec.checksum, "clips": args.clips,
                 "seconds": args.seconds, "seeds": args.seeds, "machine": machine(torch.get_num_threads()),
-                "torch": torch.__version__, "rows": rows})
+                "torch": torch.__version__, "commit": commit(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -122,6 +122,12 @@ def machine(threads=1, device="cpu"):
     return f"{cpu}, {threads} thread{'s' * (threads > 1)}"
 
 
+def commit():
+    """The commit of the code as it is here, "-dirty" if no commit has it."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py", "assets"))
+
+
 def label(dataset):
     """A dataset's short name; of a folder the last two parts, so that nobody's `speech` passes for the bundled one."""
     return dataset if dataset in ("speech", "music") else "-".join(Path(dataset).expanduser().resolve().parts[1:][-2:])
@@ -153,9 +159,7 @@ def run(dataset, model, lr, seed, device="cpu"):
             options += ["--no-compile", *([] if "--dtype" in options else ["--dtype", "float32"])]
         again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
         legs = out.with_suffix(".commits")                    # a run that was interrupted may owe itself to several
-        git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        commit = git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py", "assets"))
-        commits = [commit, *(legs.read_text().split() if again == ["--resume"] and legs.exists() else ())]
+        commits = [commit(), *(legs.read_text().split() if again == ["--resume"] and legs.exists() else ())]
         write_whole(legs, " ".join(dict.fromkeys(commits)).encode())
         with open(out.with_suffix(".txt"), "a") as text:
             done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=text, stderr=text, **HOW)

@@ -19,7 +19,7 @@ Encoding is most of the work. Files of about the same length go through the code
 of the CPU; each is put away when it is done, so that an interrupted preparation goes on with those that are missing
 (if the folder has not changed meanwhile).
 
-A batch is a pure function of seed, step and its own size: the same for every model, and after a resume. Each row is a
+A batch is a pure function of seed, step, size and context: the same for every model, and after a resume. Each row is a
 crop of one clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding, whose
 targets do not count. The first position of a clip is START, so the model is always told that there is nothing before.
 """
@@ -366,7 +366,7 @@ def _join(home, dataset, name, names, made_with, problems):
         print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
         cut = n_frames - max(1, n_frames // 10)
         clips, used, is_val = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True]
-    n_train = [(end - start) * (not val) for (start, end), val in zip(clips.tolist(), is_val)]    # of each file
+    n_train = [(end - start) * (not val) for (start, end), val in zip(clips.tolist(), is_val)]    # of each clip
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
     n_mels = made_with["n_mels"]

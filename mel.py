@@ -97,7 +97,7 @@ def _constants(n_fft, n_mels, window, device):
 
 
 def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
-    """Cut overlapping windows: frame t is wave[(t+1)*hop + lookahead - n_fft : (t+1)*hop + lookahead].
+    """Cut overlapping stretches: that of frame t is wave[(t+1)*hop + lookahead - n_fft : (t+1)*hop + lookahead].
 
     wave (..., N) -> (..., N // hop, n_fft), a view of the padded wave. Samples before the start and after the end are
     zero.
@@ -164,7 +164,7 @@ class StreamingLogMel:
     """`log_mel` for audio that arrives piece by piece; any split gives the frames of the whole clip.
 
     `push(samples)` takes (N,) or (B, N), N >= 0 (the same B each time), and returns the (T, 80) or (B, T, 80)
-    frames that became complete. It remembers the N_FFT - HOP samples that the next window reaches back to, and
+    frames that became complete. It remembers the N_FFT - HOP samples that the next stretch reaches back to, and
     those of a frame still incomplete. With a lookahead frames come so much later: at the end push as many zeros.
     """
 

@@ -101,7 +101,7 @@ def norm(x):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over at most `context` positions."""
+    """Causal self-attention, x (B, T, C) -> (B, T, C); a mask or a cache bounds how far back it sees."""
 
     def __init__(self, n_embd, head_dim):
         super().__init__()
@@ -241,19 +241,18 @@ class HybridGPT(nn.Module):
             self.mel_mean.copy_(torch.as_tensor(mean))
             self.mel_whitening.copy_(directions * scale)
 
-    def forward(self, codes, mel, targets=None, cache=None, depth_frames=None):
+    def forward(self, codes, mel, targets=None, depth_frames=None):
         """Logits of the next coarse code at every position, and the losses.
 
         codes (B, K, T) int64, of which the first n_input_codebooks rows are read (the presets read one, the coarse
             code); START in the coarse row at the position before a clip
         mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None if none is heard
         targets (B, n_codebooks or more, T) int64 or None: the next frames' codes, IGNORE where none counts
-        cache: a `Cache`, then T is 1 and the positions before this one are remembered
         depth_frames (n,) int64: the positions whose finer codes count, all by default
         Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,), 0 where nothing
         counts; without targets, in place of the losses, None.
         """
-        x = self.stack(codes, mel, cache)                                         # (B, T, n_embd)
+        x = self.stack(codes, mel)                                                # (B, T, n_embd)
         logits = self.head(x)                                                     # (B, T, 1024)
         if targets is None:
             return logits, None
@@ -268,7 +267,7 @@ class HybridGPT(nn.Module):
 
     def stack(self, codes, mel, cache=None):
         """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> what each position knows (B, T, n_embd), for
-        `head` and `finer_logits`."""
+        `head` and `finer_logits`. With a `Cache` T is 1, and the positions before this one are remembered."""
         T, at_start = codes.shape[2], (codes[:, 0] == START)[..., None]           # (B, T, 1)
         context, start = self.config.context, cache.position if cache else 0
         if cache and T != 1:
@@ -286,7 +285,8 @@ class HybridGPT(nn.Module):
             for k in range(1, self.config.n_input_codebooks):
                 x = x + self.finer_embedding[k - 1][codes[:, k]].masked_fill(at_start, 0.0)
         if self.config.use_mel:
-            mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
+            with torch.autocast(mel.device.type, enabled=False):                  # bfloat16 would blur weak directions
+                mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
             if self.training and self.config.mel_noise:
                 mel = mel + self.config.mel_noise * torch.randn_like(mel)
             m = self.mel_in(mel.masked_fill(at_start, 0.0))                       # (B, T, n_mel_embd)

@@ -418,11 +418,11 @@ def main():
             if better:
                 best = figures["val_nll"]
                 save(out, to_checkpoint(model, step=step, val_nll=best, **facts))
-            time_logged, tokens_logged = time.time(), tokens_seen
         if (due or stop) and RANK == 0:
             content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
                                     seconds=seconds, best=best, args=options, **facts)
             save(last, content)
+            time_logged, tokens_logged = time.time(), tokens_seen                 # no part of the rate
         if stop:
             launch = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
             print(f"stopped at step {step}; continue with: {launch} train.py --resume --out {out}"

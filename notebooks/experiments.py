@@ -49,6 +49,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -251,8 +252,11 @@ def best_runs(dataset, model):
     return max(by_rate, key=lambda runs: (len(runs), -runs[0]["best"]["val_nll"]), default=[])
 
 
+Gain = namedtuple("Gain", "by_seed mean low high")            # in nats; low and high: the interval
+
+
 def gain(runs, twins, shown="0"):
-    """What runs gain over the twins of the same seeds, in nats: ([by seed], mean, low, high), or None without scores.
+    """What runs gain over the twins of the same seeds, in nats, a `Gain`, or None without scores.
 
     shown: the codebooks whose mel the hybrid is shown."""
     twins = {b["seed"]: b["scores"]["0"] for b in twins if "scores" in b}
@@ -260,7 +264,7 @@ def gain(runs, twins, shown="0"):
              if shown in a.get("scores", ()) and a["seed"] in twins]
     if pairs:
         by_clip = [np.subtract(b["clip_nll"], a["clip_nll"]) for a, b in pairs]
-        return [b["val_nll"] - a["val_nll"] for a, b in pairs], *bootstrap(by_clip, pairs[0][1]["clip_targets"])
+        return Gain([b["val_nll"] - a["val_nll"] for a, b in pairs], *bootstrap(by_clip, pairs[0][1]["clip_targets"]))
 
 
 def main():

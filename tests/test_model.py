@@ -318,6 +318,17 @@ def test_whitening_does_not_blow_up_what_never_moves():
     assert ((mel - model.mel_mean) @ model.mel_whitening).abs().max() < 10
 
 
+def test_whitening_is_as_exact_in_bfloat16():
+    model, (codes, mel, _), heard = make(HYBRID), inputs(12), []
+    frames = some_mel()
+    model.set_mel_statistics(frames.mean(0), torch.cov(frames.T))
+    model.mel_in.register_forward_pre_hook(lambda _, arguments: heard.append(arguments[0]))
+    logits_of(model, codes, mel)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_of(model, codes, mel)
+    assert torch.equal(*heard)
+
+
 def test_mel_statistics_survive_a_checkpoint(tmp_path):
     model, (codes, mel, _) = make(HYBRID), inputs(12)
     before = logits_of(model, codes, mel)
@@ -339,11 +350,11 @@ def test_one_step_at_a_time_equals_the_whole_up_to_and_beyond_the_context(config
     model, (codes, mel, _), cache = make(config), inputs(4 * 16 + 3), Cache(16)
     whole = logits_of(model, codes, mel)
     with torch.no_grad():
-        steps = [model(codes[..., t:t + 1], mel[:, t:t + 1], cache=cache)[0] for t in range(codes.shape[-1])]
+        steps = [model.head(model.stack(codes[..., t:t + 1], mel[:, t:t + 1], cache)) for t in range(codes.shape[-1])]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(whole[:, 20], logits_of(model, codes[..., 3:], mel[:, 3:])[:, 17])  # history matters
     with pytest.raises(ValueError, match="one position at a time, not 2"):
-        model(codes[..., :2], mel[:, :2], cache=cache)
+        model.stack(codes[..., :2], mel[:, :2], cache)
 
 
 @EACH

@@ -6,6 +6,7 @@ Drawing codes, the loop around model, codec and spectrogram, and the sampling sc
 import contextlib
 import functools
 import io
+import json
 import os
 import runpy
 import subprocess
@@ -390,3 +391,21 @@ def test_a_prompt_that_cannot_be_used_is_one_clear_line(run, tmp_path):
     for name, word in (("nan", "NaN"), ("short", "frame"), ("empty", "samples"), ("text", "audio")):
         assert_refused(run("--prompt", f"{name}.wav"), f"{name}.wav", word)
     assert not (tmp_path / "sample.wav").exists()
+
+
+def test_closeness_is_measured_from_the_clips_and_from_what_the_codec_makes_of_them(ckpt, tmp_path, monkeypatch):
+    script, out = SCRIPT.parent / "notebooks" / "closeness.py", tmp_path / "found.json"
+    monkeypatch.syspath_prepend(script.parent)                # as Python does for a script that is called
+    done = run_script(tmp_path, script, ckpt.parent / "clips", ckpt, "--clips", 2, "--seconds", 1, "--seeds", 2,
+                      "--temperature", "1:1", "--out", out)
+    assert done.code == 0, done.err
+    found = json.loads(out.read_text())
+    rows = {row["what"]: row for row in found["rows"]}
+    copy = rows["validation clips, 8 codebooks decoded"]
+    assert copy["from_copy"] == pytest.approx(0, abs=0.01) and copy["distance"] > 1
+    assert rows["training clips"]["distance"] < copy["distance"]
+    generated = rows["out, temperature 1, finer codes 1"]
+    assert len(set(generated["from_copy_by_seed"])) == 2 and generated["n_codebooks"] == 8
+    assert rows["out, temperature 1, finer codes 1, only the coarse code decoded"]["n_codebooks"] == 1
+    assert found["commit"] and found["codec_checksum"]
+    assert found["rows"][-1]["what"] in done.out

@@ -296,6 +296,8 @@ class _Encoding(torch.utils.data.IterableDataset):
                     rows["codes"], rows["mel"] = codes_or_problem, mel
                     out[i].write(rows.tobytes())
                     continue
+                out[i].flush()
+                os.fsync(out[i].fileno())                     # or a power cut might leave an empty .clip
                 out[i].close()
                 if codes_or_problem:
                     parts[i].unlink()

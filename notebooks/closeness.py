@@ -11,8 +11,8 @@ how much it changes within the next 1/15 s. Two sets of clips are compared by th
 
 of two Gaussians with the mean and covariance of their vectors (Dowson and Landau, 1982); no network judges. It hears
 timbre, loudness, pauses and how fast things change, not words or melodies. All sets are compared twice: with the
-validation clips, of which the first --seconds count, and with the codec's own copy of them, which is the best that a
-model of its codes can do. For scale, so are the training clips and their copy (nothing should be expected to come
+validation clips, of which the first --seconds count, and with the codec's own copy of them: a model of its codes never
+knows more of a recording. For scale, so are the training clips and their copy (nothing should be expected to come
 closer). What a model has generated is measured again with its coarse codes alone decoded. Every generated set is drawn
 again with other seeds, to show how far chance alone moves a figure. Prints a table and writes a file, unless told
 otherwise results/closeness-DATASET.json.

@@ -8,9 +8,9 @@ results/.
 
 A fair comparison needs models that are alike: `coarse` (tokens and mel) and `coarse-gpt` (tokens only), which predict
 the coarse code, have the same size, batches, steps, dropout and schedule; each may choose its learning rate from the
-same four, by validation NLL on the first dataset with seed 0 (or on --search), and keeps it for all else.
-The others have that of their kind, but for the four of `paper` and the one of `streams` that reads eight codes: these
-choose, too. `nano` and `nano-gpt` are the presets as they are: they predict all eight codes.
+same four, by validation NLL on the first dataset with seed 0 (or on --search), and keeps it for all else. The others
+have that of their kind, but for the four of `paper` and the one of `streams` that reads eight codes: these choose, too.
+`nano` and `nano-gpt` are the presets as they are: they predict all eight codes.
 
 gap       what is gained with the recording's mel, and what is left of it with the mel that sampling shows: `coarse`,
           `coarse-gpt`, and `coarse-heard`, trained on the mel of what eight codebooks decode to; `nano`, trained on

@@ -28,7 +28,8 @@ size      both models narrower and wider (not in pairs of equal size: two curves
 steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
 noise     `nano` and `coarse` with noise on the mel they are trained on, as one's own voice is never quite right
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
-shipped   the recipe of the models in assets/, for three hours of audio: `nano` with noise and `nano-gpt`, 1,200 steps
+shipped   the recipes of the models in assets/, for three hours of audio: `nano` with noise and without, and `nano-gpt`,
+          for 1,200 steps
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds
@@ -91,7 +92,7 @@ EXPERIMENTS = {                                               # question: {model
     "longer": {"nano-noise-steps600": [*NANO, "--steps", "600", "--set", "mel_noise=0.5"],
                "nano-steps600": [*NANO, "--steps", "600"], "nano-gpt-steps600": [*NANO_GPT, "--steps", "600"]},
     "shipped": {"nano-noise-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=0.5"],
-                "nano-gpt-steps1200": [*NANO_GPT, "--steps", "1200"]},
+                "nano-steps1200": [*NANO, "--steps", "1200"], "nano-gpt-steps1200": [*NANO_GPT, "--steps", "1200"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32": [*options, "--context", "32", "--batch-size", "128"]

@@ -383,8 +383,12 @@ def main():
     def stop_soon(number, _):
         stopped_by.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)                  # a second Ctrl-C: at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_soon)
+        if number == hangup:                                  # nobody is there to read, and to print would fail
+            sys.stdout = open(os.devnull, "w")
+    hangup = getattr(signal, "SIGHUP", None)                  # the terminal was closed; nohup has it ignored
+    for number in (signal.SIGINT, signal.SIGTERM, hangup):
+        if number and not (number == hangup and signal.getsignal(number) == signal.SIG_IGN):
+            signal.signal(number, stop_soon)
 
     # --- the loop
     start, tokens_logged, time_logged = time.time() - seconds, tokens_seen, time.time()

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import pty
 import random
 import runpy
 import shutil
@@ -65,7 +66,7 @@ def run(clips, tiny_codec_file, tmp_path_factory):
             options = ["--dataset", clips, "--codec", tiny_codec_file, "--steps", 4, "--eval-every", 2,
                        "--context", 32, "--batch-size", 2, "--device", "cpu", "--model", "nano", *options]
         out, err, code = io.StringIO(), io.StringIO(), 0
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 mock.patch.object(sys, "argv", [str(SCRIPT), *map(str, options)]), \
                 mock.patch.object(data, "prepare", functools.partial(data.prepare, cache=cache, quiet=True)):
@@ -454,10 +455,12 @@ def test_a_signal_ends_the_run_with_its_state_saved_and_says_how_to_go_on(own_cl
     process = subprocess.Popen([sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file,
                                 "--steps", "100000", "--eval-every", "100000", "--context", "32", "--batch-size", "2",
                                 "--device", "cpu", "--model", "nano"], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))       # as nohup does
     try:
         while not process.stdout.readline().startswith("step    20"):
             assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGHUP)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     finally:
@@ -466,6 +469,25 @@ def test_a_signal_ends_the_run_with_its_state_saved_and_says_how_to_go_on(own_cl
     assert "continue with: python train.py --resume --out out.pt --device cpu\n" in out
     step = torch.load(tmp_path / "out.last.pt", weights_only=True)["step"]
     assert step >= 20 and f"stopped at step {step};" in out
+
+
+def test_a_closed_terminal_ends_the_run_with_its_state_saved(own_clips, tiny_codec_file, tmp_path):
+    """As when the connection to a remote machine breaks: to print anything more would be an error."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execv(sys.executable, [sys.executable, str(SCRIPT), "--dataset", str(own_clips), "--codec",
+                                  str(tiny_codec_file), "--steps", "100000", "--eval-every", "100000", "--context",
+                                  "32", "--batch-size", "2", "--device", "cpu", "--model", "nano"])
+    try:
+        with open(terminal, errors="replace") as screen:
+            assert any(line.startswith("step    20") for line in screen)
+        status = os.waitpid(pid, 0)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert torch.load(tmp_path / "out.last.pt", weights_only=True)["step"] >= 20
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

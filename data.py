@@ -437,20 +437,24 @@ class Dataset:
     def damaged(self, how):
         return DataError(f"the cache {self.home} is damaged ({how}): delete that folder, and it will be made anew")
 
-    def batch(self, seed, step, batch_size, context):
+    def batch(self, seed, step, batch_size, context, stretch=None):
         """A training batch, a pure function of its arguments: codes and targets (B, K, T), mel (B, T, 80) float16.
 
         Each row is centred on a frame drawn uniformly from the training split, then moved to lie inside its clip,
-        so that the first frames of a clip, where sampling starts, come up often.
+        so that the first frames of a clip, where sampling starts, come up often. With `stretch`, a multiple of
+        `context`, so many frames are drawn in one piece and cut into rows: neighbours, from fewer places.
         """
+        stretch = stretch or context
         rng = np.random.default_rng((seed, step))
         crops = []
-        for frame in rng.integers(self.train_ends[-1], size=batch_size):
+        for frame in rng.integers(self.train_ends[-1], size=batch_size * context // stretch):
             clip = np.searchsorted(self.train_ends, frame, side="right")
             start, end = self.train[clip]
-            offset = frame - (self.train_ends[clip] - (end - start)) - context // 2
-            crops.append((start, end, max(0, min(offset, end - start - context)), 0))
-        return self.gather(crops, context)
+            offset = frame - (self.train_ends[clip] - (end - start)) - stretch // 2
+            crops.append((start, end, max(0, min(offset, end - start - stretch)), 0))
+        cut = lambda x, axis: x.unflatten(axis, (-1, context)).movedim(axis, 1).flatten(0, 1)
+        codes, mel, targets = self.gather(crops, stretch)
+        return cut(codes, 2), cut(mel, 1), cut(targets, 2)
 
     def validation(self, context, batch_size):
         """The whole validation split in fixed order: yields (codes, mel, targets, clip (B,)) batches.

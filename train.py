@@ -76,6 +76,8 @@ def parse_arguments():
     add = parser.add_argument_group("how to train").add_argument
     add("--steps", type=int, default=300, help="default: %(default)s")
     add("--batch-size", type=int, default=16, help="crops of one context each, per step (default: %(default)s)")
+    add("--stretch", type=int, metavar="N", help="draw crops that are neighbours, so many that they fill N positions: "
+        "batches of the same size from fewer places, to measure what that is worth (default: one crop)")
     add("--accumulate", type=int, default=1,
         help="split each batch into so many parts, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate; warm-up, then cosine to a tenth (default: 1.2e-2 for the "
@@ -95,8 +97,8 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="start anew although --out exists")
     add("--eval", metavar="CKPT", help="print a checkpoint's validation figures, each clip's NLL too, and stop")
     args = parser.parse_args()
-    for name, least in dict(steps=1, batch_size=1, accumulate=1, eval_every=1, n_codebooks=1, warmup=0, weight_decay=0,
-                            seed=0, mel_codebooks=0).items():
+    for name, least in dict(steps=1, batch_size=1, stretch=1, accumulate=1, eval_every=1, n_codebooks=1, warmup=0,
+                            weight_decay=0, seed=0, mel_codebooks=0).items():
         value = getattr(args, name)
         if value is not None and not least <= value < 2**63:                      # false for nan, too
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
@@ -319,6 +321,10 @@ def main():
     if args.batch_size % (args.accumulate * WORLD):
         sys.exit(f"error: --accumulate {args.accumulate}" + f" times {WORLD} processes" * (WORLD > 1)
                  + f" must divide --batch-size {args.batch_size}")
+    stretch = args.stretch or args.context
+    if stretch % args.context or args.batch_size * args.context % stretch:
+        sys.exit(f"error: --stretch {stretch} must be a multiple of the context, {args.context}, and divide the batch, "
+                 f"{args.batch_size * args.context} positions")
     if not os.access(out.parent, os.W_OK):                    # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
     if args.resume:
@@ -439,7 +445,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         # batch and dropout depend on seed, step and process alone, so that a resumed run is the uninterrupted one
-        batch = data.batch(args.seed, step, args.batch_size, context)             # codes, mel, targets
+        batch = data.batch(args.seed, step, args.batch_size, context, args.stretch)           # codes, mel, targets
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
         # each step another offset: many crops begin with a clip, and else most frames near its start would not come up
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)

@@ -32,7 +32,8 @@ shipped   the recipes of the models in assets/, for three hours of audio: `nano`
           for 1,200 steps
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
-short     the same three with 32 positions, with which music gains most, and three seeds
+short     the same three with 32 positions, with which music gains most, three seeds; and with as few places a step as with
+          256: stretches of 256 frames, each cut into eight crops
 paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
           rates, and `hybrid-heard`, with that of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
 
@@ -95,7 +96,8 @@ EXPERIMENTS = {                                               # question: {model
                 "nano-steps1200": [*NANO, "--steps", "1200"], "nano-gpt-steps1200": [*NANO_GPT, "--steps", "1200"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
-    "short": {f"{name}-context32": [*options, "--context", "32", "--batch-size", "128"]
+    "short": {f"{name}-context32{suffix}": [*options, "--context", "32", "--batch-size", "128", *stretch]
+              for suffix, stretch in (("", []), ("-stretch256", ["--stretch", "256"]))
               for name, options in TRIO.items()},
     "paper": {**{name: ["--model", name, *PAPER] for name in SIZES},
               "hybrid-heard": ["--model", "hybrid", *PAPER, "--mel-codebooks", "8"]}}

@@ -556,6 +556,12 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(mixed, tmp_path):
     assert not torch.equal(mixed.batch(1, 2, 8, 32)[2], mixed.batch(2, 1, 8, 32)[2])
 
 
+def test_a_stretch_is_cut_into_rows_that_follow_one_another(mixed):
+    whole, parts = mixed.batch(0, 1, 4, 96), mixed.batch(0, 1, 12, 32, stretch=96)
+    for x, cut, axis in zip(whole, parts, (2, 1, 2)):         # codes, mel, targets
+        assert torch.equal(x, torch.stack([torch.cat(list(rows), dim=axis - 1) for rows in cut.split(3)]))
+
+
 def test_inputs_are_the_targets_one_frame_behind_and_windows_stay_inside_their_clip(mixed):
     started, drawn = set(), set()
     for step in range(60):

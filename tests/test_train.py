@@ -414,6 +414,18 @@ def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(run, tmp_path):
     assert sizes == {2}
 
 
+def test_batches_of_stretches_are_as_large_as_others(run, tmp_path):
+    drawn, batch = set(), data.Dataset.batch
+
+    def recorded(self, *args):
+        rows = batch(self, *args)
+        drawn.add((*args[2:], tuple(rows[0].shape)))
+        return rows
+    with mock.patch.object(data.Dataset, "batch", recorded):
+        assert run(tmp_path, "--batch-size", 4, "--stretch", 64).code == 0
+    assert drawn == {(4, 32, 64, (4, 8, 32))}
+
+
 def test_a_gpu_that_is_too_small_is_one_clear_line(run, tmp_path):
     with mock.patch.object(HybridGPT, "stack", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
         assert_refused(run(tmp_path), "memory", "--accumulate")
@@ -725,6 +737,8 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--codec-dir", ""], ["empty name"]),
     (["--batch-size", "many"], ["--batch-size"]),
     (["--accumulate", 3], ["--accumulate"]),
+    (["--stretch", 48], ["--stretch 48", "context, 32"]),
+    (["--stretch", 128], ["--stretch 128", "divide the batch, 64"]),
     (["--model", "gpt-5"], ["gpt-5"]),
     (["--device", "abacus"], ["abacus", "cpu"]),
     (["--dropout", 1.5], ["--dropout"]),

@@ -32,8 +32,8 @@ shipped   the recipes of the models in assets/, for three hours of audio: `nano`
           for 1,200 steps
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
-short     the same three with 32 positions, with which music gains most, three seeds; and with as few places a step as with
-          256: stretches of 256 frames, each cut into eight crops
+short     the same three with 32 positions, with which music gains most, and three seeds; and these from as few places a
+          step as with 256: from stretches of 256 frames, each cut into eight crops
 paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
           rates, and `hybrid-heard`, with that of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
 

@@ -3,7 +3,7 @@ train_codec.py: trains `mini`, the codec that ships with the project.
 
     python assets/train_codec.py --data assets/speech assets/music FOLDER --steps 16000
     python assets/train_codec.py --data ... --steps 7500 --batch-size 64 --frames 60        # on a GPU
-    python assets/train_codec.py --data ... --resume                     # after an interruption, options given again
+    python assets/train_codec.py --resume                                # after an interruption
     (to ship it: move out-codec.pt to assets/mini.pt, and the printed SHA-256 into tokens.py, MINI_SHA256)
 
 An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Trained all at
@@ -18,16 +18,16 @@ once, from random weights, it ends up using one codebook, and that says little; 
      The decoder learns to hear 1, 2, 4 or 8 codebooks, another number for every clip of the batch: any will decode;
   4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser.
 
-The losses are EnCodec's (arXiv 2210.13438, section 3.4), and one for intelligibility, see `words_loss`; a balancer
-gives each its share of the gradient. With --adversarial P EnCodec's multi-scale STFT discriminator listens too, once
-the fraction P of the steps is done. Without it the first command takes two to three hours on two CPU cores, the second,
-which made the codec that ships, four minutes on an H100. Clips that train.py would validate on (`data.split_clips`) are
-held out, and measured every quarter of an hour.
+The losses follow EnCodec's (arXiv 2210.13438, section 3.4), and one is for intelligibility, see `words_loss`; a
+balancer gives each its share of the gradient. With --adversarial P EnCodec's multi-scale STFT discriminator listens
+too, once the fraction P of the steps is done. Without it the first command takes two to three hours on two CPU cores,
+the second, which made the codec that ships, four minutes on an H100. Clips that train.py would validate on
+(`data.split_clips`) are held out, and measured every thousand steps.
 """
 import argparse
 import copy
+import functools
 import hashlib
-import json
 import pickle
 import sys
 import time
@@ -49,14 +49,15 @@ from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock,
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
 WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,       # shares of the gradient,
            "decoder": 1.0, "envelope": 1.0, "waveform": 1.0, "commitment": 0.3}              # see `balance`
-COUNTS = torch.tensor([1, 2, 4, 8])                           # codebooks a clip of the batch may be decoded from
-OFTEN = (0.2, 0.3, 0.2, 0.3)                                  # and how often each
+OFTEN = {1: 0.2, 2: 0.3, 4: 0.2, 8: 0.3}                      # codebooks a clip is decoded from, and how often so many
 PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # of each: the fraction of the steps at which it ends, and
           (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # the learning rates of encoder and decoder
+SHAPE = dict(n_filters=16, dimension=132, lstm=2)             # of the networks; their 132 latents a frame are
+WAVEFORM, ENVELOPE, COUNT = slice(112), slice(112, 128), slice(128, 132)      # for the waveform, for its spectral
+                                                              # envelope, and to say how many codebooks are heard
 WHITEN = 0.6                                                  # how much of the last frame `Envelope` takes off
-NOISE = 0.09                                                  # per latent, about what one codebook leaves over
+NOISE = 0.09                                                  # standard deviation, about what one codebook leaves over
 SAVE_EVERY = 120                                              # seconds
-N_COUNT = 4                                                   # latents that say how many codebooks are heard
 SMALL = 0.1                                                   # gain of the waveform in the encoder, at the start
 LOUD = 5.0                                                    # and of the channels beside it, where ELU bends
 
@@ -105,22 +106,18 @@ def batch(train, rng, batch_size, n_samples):
     return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp(-1, 1)
 
 
-class Steps(torch.utils.data.Dataset):
-    """What each step trains on, which depends on its number alone, so that a run can be resumed: audio (B, N), the
-    numbers of codebooks (B,) it is decoded from, and whether it is the discriminator's turn."""
-
-    def __init__(self, train, args):
-        self.train, self.args = train, args
-
-    def __getitem__(self, step):
-        rng = np.random.default_rng((self.args.seed, step))
-        wave = batch(self.train, rng, self.args.batch_size, self.args.frames * HOP)
-        return wave, COUNTS[torch.from_numpy(rng.choice(4, len(wave), p=OFTEN))], bool(rng.random() < 2 / 3)
+def example(train, args, step):
+    """What a step trains on, which depends on its number alone, so that a run can be resumed: audio (B, N), the numbers
+    of codebooks (B,) it is decoded from, and whether it is the discriminator's turn."""
+    rng = np.random.default_rng((args.seed, step))
+    wave = batch(train, rng, args.batch_size, args.frames * HOP)
+    counts = rng.choice(list(OFTEN), len(wave), p=list(OFTEN.values()))
+    return wave, torch.from_numpy(counts), bool(rng.random() < 2 / 3)
 
 
 @torch.no_grad()
 def initialise(model, wave):
-    """Let the untrained model pass its input: wave (B, N) comes out as nearly itself.
+    """Let the untrained model pass its input: wave (B, N) comes out as recognisably itself, not delayed.
 
     A few channels of every layer become a linear transform codec: a convolution of stride r takes the principal
     components of the patches of r frames that reach it, its mirror in the decoder their transpose, residual blocks
@@ -139,27 +136,28 @@ def initialise(model, wave):
             else:
                 patches = x[:, :linear].unfold(2, stride, stride).transpose(1, 2).flatten(2).flatten(0, 1)    # (n, C*r)
                 _, vectors = torch.linalg.eigh(patches.T @ patches)           # columns, by rising eigenvalue
-                basis = vectors.flip(1)[:, :n_out * 3 // 4].T.reshape(-1, linear, stride)
-            mirror.append(basis if n_in > 1 else basis / SMALL ** 2)
-            conv.weight[:len(basis)] = 0
-            conv.weight[:len(basis), :linear, kernel - stride:] = basis       # the newest taps
-            conv.bias.zero_()
+                basis = vectors.flip(1)[:, :n_out * 3 // 4].T.reshape(-1, linear, stride)     # the rest is free
+            mirror.append(basis if n_in > 1 else basis / SMALL ** 2)               # 0.1 in, 10 out
+            plant(conv, conv.weight, basis, slice(kernel - stride, None))     # the newest taps
             linear = len(basis)
         start_as_identity(layer, linear)
         x = layer(x)
-    conv.weight[-N_COUNT:] = 0                                # the encoder leaves these latents to the codebooks
+    conv.weight[COUNT] = 0                                    # the encoder leaves these latents to the codebooks
     for layer in model.decoder.model:
-        if isinstance(layer, (SConv1d, SConvTranspose1d)):
-            basis = mirror.pop().transpose(0, 1)                              # (linear channels out, in, r)
-            linear, n_in, stride = basis.shape
-            if isinstance(layer, SConv1d):
-                conv, weight, taps = layer.conv.conv, layer.conv.conv.weight, slice(-1, None)
-            else:                                                             # its weight is (in, out, kernel)
-                conv, weight, taps = layer.convtr.convtr, layer.convtr.convtr.weight.transpose(0, 1), slice(stride)
-            weight[:linear] = 0
-            weight[:linear, :n_in, taps] = basis
-            conv.bias.zero_()
-        start_as_identity(layer, linear)
+        if isinstance(layer, SConv1d):
+            conv, basis = layer.conv.conv, mirror.pop().transpose(0, 1)       # (linear channels out, in, r)
+            plant(conv, conv.weight, basis, slice(-1, None))
+        if isinstance(layer, SConvTranspose1d):                               # its weight is (in, out, kernel)
+            conv, basis = layer.convtr.convtr, mirror.pop().transpose(0, 1)
+            plant(conv, conv.weight.transpose(0, 1), basis, slice(basis.shape[2]))
+        start_as_identity(layer, len(basis))
+
+
+def plant(conv, weight, basis, taps):
+    """The first channels out become `basis` (out, in, taps) of the first channels in: weight (out, in, kernel)."""
+    weight[:len(basis)] = 0
+    weight[:len(basis), :basis.shape[1], taps] = basis
+    conv.bias.zero_()
 
 
 def start_as_identity(layer, linear):
@@ -168,8 +166,7 @@ def start_as_identity(layer, linear):
         shortcut, branch = layer.shortcut.conv.conv, layer.block[-1].conv.conv
         shortcut.weight[:linear] = torch.eye(len(shortcut.weight))[:linear, :, None]
         branch.weight[:linear] *= 0.01
-        for conv in (shortcut, branch):
-            conv.bias[:linear] = 0
+        shortcut.bias[:linear] = branch.bias[:linear] = 0
     if isinstance(layer, SLSTM):
         for parameter in layer.parameters():
             parameter *= 0.1
@@ -182,38 +179,29 @@ def nearest(x, codebook):
     return (codebook.square().sum(1) - 2 * x @ codebook.T).argmin(1)      # |x|^2 is the same for every candidate
 
 
-def split_latents(latents, n):
-    """Latents (B, C, T) -> those of the waveform (B, C-n-N_COUNT, T), of the envelope (B, n, T), (B, N_COUNT, T)."""
-    return latents.split([latents.shape[1] - n - N_COUNT, n, N_COUNT], dim=1)
+def described(rest, k):
+    """The part of rest (rows, C) that codebook k has words for: the first has words for the envelope only.
 
-
-def described(rest, k, n):
-    """The part of rest (rows, C) that codebook k has words for: the first has words for the n of the envelope only.
-
-    All its 1024 words then describe the spectral envelope, and nothing else decides which of them is nearest."""
-    return F.pad(rest[:, -n - N_COUNT:-N_COUNT], (rest.shape[1] - n - N_COUNT, N_COUNT)) if k == 0 else rest
+    All its 1024 words then describe that, and nothing else decides which of them is nearest: the waveform, loud and
+    hard to predict, would use up its ten bits."""
+    return F.pad(rest[:, ENVELOPE], (ENVELOPE.start, rest.shape[1] - ENVELOPE.stop)) if k == 0 else rest
 
 
 def count_latents(counts):
-    """Numbers of codebooks (B,) -> the last latents of a decoder that hears so many, (B, N_COUNT).
+    """Numbers of codebooks (B,) -> the last latents of a decoder that hears so many, (B, 4).
 
-    All words of codebooks 1, 2, 3 and 5 raise one of these latents: what the decoder should make of a rough waveform
-    depends on how many there are; of one codebook's, little. No choice of a word changes."""
+    What the decoder should make of a rough waveform depends on how many codebooks it is made of. So all words of
+    codebook 1 hold 1/4 in the first of these latents, those of 2, 3 and 5 in one of the others: the sum that the
+    decoder is given counts by itself, and no choice of a word changes."""
     return torch.stack([counts > n for n in (0, 1, 2, 4)], dim=1) / 4
 
 
-def with_count(latents, counts):
-    """Latents (B, C, T), as yet unquantised, that pass for those of counts (B,) or (1,) codebooks."""
-    count = count_latents(counts)[:, :, None].expand(len(latents), -1, latents.shape[2])
-    return torch.cat([latents[:, :-N_COUNT], count], dim=1)
-
-
 @torch.no_grad()
-def fit_codebooks(quantizer, latents, n, rounds=20):
-    """K-means, one codebook after the other, each on what the former left over: latents (rows, C), n: `described`."""
+def fit_codebooks(quantizer, latents, rounds=20):
+    """K-means, one codebook after the other, each on what the former left over: latents (rows, C)."""
     residual = latents
     for k, layer in enumerate(quantizer.vq.layers):
-        book, target = layer._codebook, described(residual, k, n)
+        book, target = layer._codebook, described(residual, k)
         book.embed.copy_(target[torch.randperm(len(target))[:CODEBOOK_SIZE]])
         for _ in range(rounds):
             index = nearest(target, book.embed)
@@ -223,14 +211,16 @@ def fit_codebooks(quantizer, latents, n, rounds=20):
         book.cluster_size.copy_(count[:, 0] * CODEBOOK_SIZE / len(residual))     # 1 if all are used alike
         book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
         residual = residual - book.embed[nearest(residual, book.embed)]
-        book.embed[:, -N_COUNT:] = count_latents(torch.tensor([k + 1])) - count_latents(torch.tensor([k]))
+        book.embed[:, COUNT] = count_latents(torch.tensor([k + 1])) - count_latents(torch.tensor([k]))
         left = residual.var(0).sum() / latents.var(0).sum()
         print(f"  k-means: {left:.3f} of the latents' variance left over", flush=True)
 
 
 @torch.no_grad()
 def follow(book, index, x, decay=0.99):
-    """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,)."""
+    """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,).
+
+    cluster_size counts how often a code is used, 1 on average, and embed_avg sums up what for."""
     # as a matrix, and with a spare vector for every code: to count codes or list dead ones a CPU would wait for a GPU
     assigned = F.one_hot(index, CODEBOOK_SIZE).type_as(x) * (CODEBOOK_SIZE / len(x))      # (n, 1024)
     book.cluster_size.lerp_(assigned.sum(0), 1 - decay)
@@ -239,24 +229,23 @@ def follow(book, index, x, decay=0.99):
     book.cluster_size.masked_fill_(dead, 0.3)
     others = 0.3 * x[torch.randint(len(x), (CODEBOOK_SIZE,), device=x.device)]
     book.embed_avg.copy_(torch.where(dead[:, None], others, book.embed_avg))      # the last latents: `count_latents`
-    book.embed[:, :-N_COUNT] = (book.embed_avg / book.cluster_size[:, None])[:, :-N_COUNT]
+    book.embed[:, :COUNT.start] = (book.embed_avg / book.cluster_size[:, None])[:, :COUNT.start]
 
 
 @torch.no_grad()
-def quantize(quantizer, latents, counts, n, adapt):
+def quantize(quantizer, latents, counts, adapt):
     """Latents (B, C, T), clip i through its first counts[i] codebooks -> (B, C, T), and what codebook 1 says alone.
 
     adapt: let the codebooks follow."""
-    B, C, T = latents.shape
-    rest, used, vectors = latents.mT.reshape(-1, C), counts.repeat_interleave(T)[:, None], []
+    rest, vectors = latents.mT.contiguous(), []               # (B, T, C)
     for k, layer in enumerate(quantizer.vq.layers):
-        index = nearest(rest, layer._codebook.embed)
-        vectors.append(layer._codebook.embed[index])
+        index = nearest(rest.flatten(0, 1), layer._codebook.embed)
+        vectors.append(layer._codebook.embed[index].view_as(rest))
         if adapt:
-            follow(layer._codebook, index, described(rest, k, n))
+            follow(layer._codebook, index, described(rest.flatten(0, 1), k))
         rest = rest - vectors[k]
-    total = sum(vector * (used > k) for k, vector in enumerate(vectors))  # (B * T, C)
-    return total.view(B, T, C).mT, vectors[0].view(B, T, C).mT
+    total = sum(vector * (counts > k)[:, None, None] for k, vector in enumerate(vectors))
+    return total.mT, vectors[0].mT
 
 
 # ----------------------------------------------------------------------------- losses
@@ -268,18 +257,19 @@ def log_bands(wave, n_fft, n_mels, hop, floor=3e-5):
 
 
 class Envelope:
-    """wave (B, N) -> targets for n latents, (B, n, T): the spectral envelope, half of what is predictable taken off.
+    """wave (B, N) -> targets for 16 latents, (B, 16, T): the spectral envelope, part of what is predictable taken off.
 
-    The n strongest principal components of log-mel frames (causal Hann windows, one per code), minus WHITEN times those
+    The 16 strongest principal components of log-mel frames (causal Hann windows, one per code), less WHITEN times those
     of the frame before. A code is chosen without regard to its neighbours, so whatever repeats from frame to frame is
     paid for in each; with all of it taken off, the decoder, which adds the frames up again, would add up their errors
-    too. The best lies in between: half-whitening (Costas, Coding with linear systems, 1952).
-    Fitted to some audio (B, N), where the variances of the n targets sum to 1."""
+    too. The best lies in between, as in half-whitening (Costas, Coding with linear systems, 1952).
+    Fitted to some audio (B, N), where the variances of the targets sum to 1."""
 
-    def __init__(self, wave, n):
+    def __init__(self, wave):
         bands = self.bands(wave).flatten(0, 1)
-        self.n, self.mean, self.scale = n, bands.mean(0), 1.0
-        self.basis = torch.linalg.eigh(torch.cov(bands.T))[1].flip(1)[:, :n]          # (80, n)
+        self.mean, self.scale = bands.mean(0), 1.0
+        directions = torch.linalg.eigh(torch.cov(bands.T))[1].flip(1)                 # columns, by falling variance
+        self.basis = directions[:, :ENVELOPE.stop - ENVELOPE.start]                   # (80, 16)
         self.scale = self(wave)[..., 1:].var((0, 2)).sum().rsqrt()
 
     def bands(self, wave):
@@ -300,7 +290,7 @@ def mel_loss(out, wave):
 
 
 def wave_loss(out, wave, fine):
-    """L1 relative to each clip's level, out and wave (B, N), of the clips where fine (B,) is True.
+    """L1 relative to each clip's level, out and wave (B, N); clips where fine (B,) is False count as zero.
 
     A coarse code does not know the phase; what comes nearest to a waveform of unknown phase is silence."""
     return ((out - wave).abs().mean(1) / (wave.abs().mean(1) + 1e-2) * fine).mean()
@@ -309,8 +299,8 @@ def wave_loss(out, wave, fine):
 def words_loss(out, wave, coarse):
     """1 - correlation between band envelopes over 0.4 s, out and wave (B, N), of the clips where coarse (B,) is True.
 
-    That is what STOI measures (Taal et al., 2011), here in the lower 13 of 20 mel bands, up to 4.3 kHz as there: where
-    there is little to correlate, above, the surest way to be like the original is a whistle. Words are made of it."""
+    That is what STOI measures (Taal et al., 2011), here in the lower 13 of 20 mel bands, to 3.7 kHz (there 4.3): above,
+    where there is little to correlate, the surest way to be like the original is a whistle. Words are made of it."""
     bands = (mel_power(frame(w, 512, 256), 20)[..., :13] for w in (wave, out))
     x, y = (b.add(1e-7).sqrt().unfold(1, 36, 3) for b in bands)                       # (B, segments, 13, 36)
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
@@ -353,7 +343,7 @@ def balance(gradients, norms):
     return total / sum(WEIGHTS[name] for name in gradients)
 
 
-# ----------------------------------------------------------------------------- measuring
+# ----------------------------------------------------------------------------- training
 
 def perplexity(codes):
     """exp(entropy) of how often each code occurs: 1024 when a codebook is used evenly, 1 when it has collapsed."""
@@ -362,31 +352,20 @@ def perplexity(codes):
 
 
 @torch.no_grad()
-def measure(model, held_out, envelope, phase, device):
-    """Of the first 4 s of 12 clips of a folder: log-mel distance (mean absolute nats) by number of codebooks, each
-    codebook's perplexity, and how much of the envelope's variance the latents explain."""
-    report, n = {}, 4 * SAMPLE_RATE
-    for name, waves in held_out:
-        wave = torch.stack([F.pad(torch.from_numpy(w), (0, n - len(w))) for w in waves[:12]]).to(device) / 32768
-        latents, target = model.encoder(wave[:, None]), envelope(wave)
-        mel = lambda wave: log_mel(wave, window=HANN)         # nothing is predicted here
-        distance = lambda z: round((mel(model.decoder(z)[:, 0]) - mel(wave)).abs().mean().item(), 3)
-        error = (split_latents(latents, envelope.n)[1] - target).var((0, 2)).sum() / target.var((0, 2)).sum()
-        unquantised = with_count(latents, torch.tensor([8], device=device))
-        report[name] = {"envelope": round(1 - error.item(), 3), "unquantised": distance(unquantised)}
-        if phase >= 3:
-            codes = model.quantizer.vq.encode(latents)        # (K, B, T)
-            for k in COUNTS.tolist():
-                report[name][f"{k} codebooks"] = distance(model.quantizer.vq.decode(codes[:k]))
-            report[name]["perplexity"] = [round(perplexity(c)) for c in codes]
-    return report
+def measure(model, wave):
+    """Log-mel distance (mean absolute nats) of clips (B, N) by number of codebooks, and each codebook's perplexity."""
+    mel = lambda wave: log_mel(wave, window=HANN)             # the usual window: nothing is predicted here
+    codes = model.quantizer.vq.encode(model.encoder(wave[:, None]))           # (K, B, T)
+    again = {k: model.decoder(model.quantizer.vq.decode(codes[:k]))[:, 0] for k in OFTEN}
+    distance = {k: round((mel(out) - mel(wave)).abs().mean().item(), 3) for k, out in again.items()}
+    return distance, [round(perplexity(c)) for c in codes]
 
-
-# ----------------------------------------------------------------------------- training
 
 def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=None):
     """One batch through the model: leaves gradients on its parameters.
 
+    The graph is cut at the latents and at the output; at each cut every loss's gradient is taken alone and weighed by
+    `balance`, and the sum goes on from there.
     frozen: the encoder as phase 3 found it; wave (B, N); counts (B,) codebooks, of which phase 2 only asks whether they
     are one; phase as in the module's head; discriminator: None until it joins. Returns the losses by name and, from
     phase 2 on, the decoded wave (B, N)."""
@@ -394,25 +373,25 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
     with torch.set_grad_enabled(encoder_learns):
         latents = model.encoder(wave[:, None])                # (B, C, T)
     leaf = latents.detach().requires_grad_(encoder_learns)
-    waveform, spectral, _ = split_latents(leaf, envelope.n)
-    alone = lambda part: F.pad(part, (0, 0, waveform.shape[1], N_COUNT))      # the envelope's, and zeros
+    spectral = leaf[:, ENVELOPE]
+    alone = lambda part: F.pad(part, (0, 0, ENVELOPE.start, leaf.shape[1] - ENVELOPE.stop))   # and zeros
     losses, out = {}, None
     if phase < 3:
         losses["envelope"] = (spectral - envelope(wave)).square().mean()
     if phase == 2:
         coarse = alone(spectral + NOISE * torch.randn_like(spectral))
         heard = torch.where((counts == 1)[:, None, None], coarse, leaf)
-        heard = with_count(heard, torch.where(counts == 1, 1, 8))
+        heard[:, COUNT] = count_latents(torch.where(counts == 1, 1, 8))[:, :, None]
     if phase > 2:
-        heard, first = quantize(model.quantizer, leaf, counts, envelope.n, adapt=phase == 4)
+        heard, first = quantize(model.quantizer, leaf, counts, adapt=phase == 4)
     if phase == 4:                                            # only the envelope adapts, the waveform stays as it was
         with torch.no_grad():
-            target = split_latents(frozen(wave[:, None]), envelope.n)[0]
-        losses["waveform"] = (waveform - target).square().mean()
-        losses["commitment"] = (spectral - split_latents(first, envelope.n)[1]).square().mean()  # be near a code
-        # the gradient skips the quantiser: what the decoder asks of the code, the encoder hears as asked of its latents
+            target = frozen(wave[:, None])
+        losses["waveform"] = (leaf - target)[:, WAVEFORM].square().mean()
+        losses["commitment"] = (spectral - first[:, ENVELOPE]).square().mean()                # be near a code
+        # adds nothing, and a derivative of 1: what the decoder asks of the code, the encoder hears as asked of itself
         heard = heard + alone(spectral - spectral.detach())
-    pulls = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
+    at_latents = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
     if phase > 1:
         out = model.decoder(heard)[:, 0]                      # (B, N)
         at_output = {"mel": mel_loss(out, wave), "wave": wave_loss(out, wave, counts > 2),
@@ -423,17 +402,17 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
                               for name, loss in at_output.items()}, norms))
         losses, out = losses | at_output, out.detach()
         if encoder_learns:
-            pulls["decoder"] = leaf.grad
+            at_latents["decoder"] = leaf.grad
     if encoder_learns:
-        latents.backward(balance(pulls, norms))
+        latents.backward(balance(at_latents, norms))
     return losses, out
 
 
-def export(model, config, path):
+def export(model, path):
     """Write the weights that inference needs, in fp16, and print the SHA-256 that tokens.py checks."""
     training_only = ("inited", "cluster_size", "embed_avg")
     weights = {k: v.half().cpu() for k, v in model.state_dict().items() if not k.endswith(training_only)}
-    save(path, {"config": config, "weights": weights})
+    save(path, {"config": SHAPE, "weights": weights})
     written = Path(path).read_bytes()
     print(f"wrote {path}: {len(written) / 2**20:.2f} MiB, MINI_SHA256 = \"{hashlib.sha256(written).hexdigest()}\"")
 
@@ -447,30 +426,25 @@ def main():
                         "discriminator joins, 1: never. It costs many times the codec's own arithmetic: for a GPU")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--frames", type=int, default=48, help="length of a training crop, 1/75 s each")
-    parser.add_argument("--n-filters", type=int, default=16)
-    parser.add_argument("--dimension", type=int, default=132, help="of the latents")
-    parser.add_argument("--lstm", type=int, default=2, help="layers")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out-codec.pt")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT.last, written every two minutes")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT.last, written every two minutes, with "
+                        "the options that the run was begun with")
     args = parser.parse_args()
-    last = f"{args.out}.last"
-    if not min(args.steps, args.batch_size, args.n_filters, args.lstm) > 0 or args.dimension < 8 or args.frames < 29:
-        parser.error("--dimension must be at least 8, --frames 29, all other sizes and --steps 1")
-    if not Path(args.out).parent.is_dir():
-        parser.error(f"--out {args.out}: no such folder")
+    last = Path(f"{args.out}.last")
+    if min(args.steps, args.batch_size) < 1 or args.frames < 29:              # 29: one segment of `words_loss`
+        parser.error("--steps and --batch-size must be at least 1, --frames 29")
+    if Path(args.out).is_dir() or not last.parent.is_dir():
+        parser.error(f"--out {args.out}: not a file in an existing folder")
     choose_device(args.device)                                # or one line says that it cannot be used
-    if not args.resume and Path(last).exists():
+    if last.exists() and not args.resume:
         sys.exit(f"error: {last} exists: continue it with --resume, delete it, or choose another --out")
     try:
-        state = torch.load(last, map_location=args.device, weights_only=True) if args.resume else {}
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        state = torch.load(last, map_location=args.device, weights_only=True) if args.resume else {"options": {}}
+        vars(args).update(state["options"])
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
         sys.exit(f"error: --resume: no {last}, or not one that can be read: start again without --resume")
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
-    for name, value in state.get("options", {}).items():
-        if options[name] != value:
-            sys.exit(f"error: --{name.replace('_', '-')} was {value} in the run that {last} continues: give it again")
     try:
         train, held_out = load(args.data)
     except DataError as error:
@@ -479,17 +453,16 @@ def main():
     torch.manual_seed(args.seed)
     torch.backends.cudnn.allow_tf32 = True                    # which tokens.py switches off
     torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
-    config = dict(n_filters=args.n_filters, dimension=args.dimension, lstm=args.lstm)
-    model = build_mini(**config)
+    model = build_mini(**SHAPE)
     some = batch(train, np.random.default_rng(args.seed), 64, SAMPLE_RATE)
     initialise(model, some)
-    envelope = Envelope(some.to(args.device), args.dimension // 8)
+    envelope = Envelope(some.to(args.device))
     model.to(args.device)
     average = copy.deepcopy(model).eval()                     # the weights' moving average is measured, and exported;
     average.quantizer = model.quantizer                       # the codebooks are averages already
-    frozen, discriminator = copy.deepcopy(model.encoder), None
     optimizer = torch.optim.AdamW([{"params": half.parameters()} for half in (model.encoder, model.decoder)],
                                   betas=(0.8, 0.99), weight_decay=0.0, fused=True)
+    frozen, discriminator = copy.deepcopy(model.encoder), None
     modules = {"model": model, "average": average, "frozen": frozen, "optimizer": optimizer}        # what has a state
     if args.adversarial < 1:
         from encodec.msstftd import MultiScaleSTFTDiscriminator
@@ -501,61 +474,60 @@ def main():
         optimizer.add_param_group({"params": discriminator.parameters(), "lr": 3e-4, "betas": (0.5, 0.9),
                                    "weight_decay": 0.01})
         modules["discriminator"] = discriminator
+    step, phase, began, norms = 0, 1, 0, {}                   # began: the step at which the phase did
     if args.resume:
         for name, module in modules.items():
-            module.load_state_dict(state.pop(name))
+            module.load_state_dict(state[name])
         vars(envelope).update(state["envelope"])              # another device might turn its axes the other way
-    state = {"step": 0, "phase": 1, "began": 0, "norms": {}, "options": options, "envelope": vars(envelope)} | state
+        step, phase, began, norms = state["at"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
 
     on_gpu = args.device.startswith("cuda")                   # one process could not make batches as fast as a GPU
-    batches = iter(torch.utils.data.DataLoader(Steps(train, args), batch_size=None, pin_memory=on_gpu,
-                                               sampler=range(state["step"], args.steps), num_workers=8 * on_gpu))
-    next_save, next_report = time.time() + SAVE_EVERY, 0
-    for step in range(state["step"], args.steps + 1):
-        state["step"], phase = step, state["phase"]
-        done, now = step / args.steps, time.time()
-        if now > next_report or done == 1:
-            figures = measure(average, zip(args.data, held_out), envelope, phase, args.device)
-            print(json.dumps({"step": step, "phase": phase, **figures}), flush=True)
-            next_report = now + 900
-        if now > next_save or done == 1:
-            save(last, state | {name: module.state_dict() for name, module in modules.items()})
-            next_save = now + SAVE_EVERY
-        if done == 1:
-            return export(average, config, args.out)
-
+    batches = torch.utils.data.DataLoader(range(step, args.steps), collate_fn=functools.partial(example, train, args),
+                                          batch_size=None, pin_memory=on_gpu, num_workers=8 * on_gpu)
+    next_save = time.time() + SAVE_EVERY
+    for step, (wave, counts, in_turn) in enumerate(batches, start=step):
+        if time.time() > next_save:
+            options = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
+            save(last, {name: module.state_dict() for name, module in modules.items()}
+                 | {"at": (step, phase, began, norms), "envelope": vars(envelope), "options": options})
+            next_save = time.time() + SAVE_EVERY
         torch.manual_seed(args.seed + step)
-        if done >= PHASES[phase - 1][0]:
-            phase, state["phase"], state["began"] = phase + 1, phase + 1, step
-            if phase == 3:                                    # all through it the encoder stands still, at its average
+        if step / args.steps >= PHASES[phase - 1][0]:
+            phase, began = phase + 1, step
+            if phase == 3:                                    # from the averages on; the encoder stands still there
                 model.load_state_dict(average.state_dict())
                 frozen.load_state_dict(average.encoder.state_dict())
                 some = batch(train, np.random.default_rng(args.seed), min(256, 32 * args.batch_size), 4 * SAMPLE_RATE)
-                waves = some[:, None].to(args.device).split(16)
                 with torch.no_grad():
-                    latents = torch.cat([frozen(wave).mT.flatten(0, 1) for wave in waves])
-                fit_codebooks(model.quantizer, latents, envelope.n)
+                    latents = torch.cat([frozen(waves).mT.flatten(0, 1)
+                                         for waves in some[:, None].to(args.device).split(16)])
+                fit_codebooks(model.quantizer, latents)
 
-        wave, counts, in_turn = next(batches)
         wave, counts = (x.to(args.device, non_blocking=on_gpu) for x in (wave, counts))       # pinned: nothing waits
         optimizer.zero_grad(set_to_none=True)
-        listener = discriminator if phase > 1 and done > args.adversarial else None
-        losses, out = backward(model, frozen, wave, counts, phase, envelope, state["norms"], listener)
+        listener = discriminator if phase > 1 and step / args.steps > args.adversarial else None
+        losses, out = backward(model, frozen, wave, counts, phase, envelope, norms, listener)
         if listener and in_turn:                              # its turns are fewer: it learns faster than the codec
             discriminator_loss(discriminator, out, wave).backward()
-        (end, *rates), began = PHASES[phase - 1], state["began"]      # every phase warms up and cools down
+        end, *rates = PHASES[phase - 1]                       # every phase warms up and cools down
         through = (step - began) / max(1, end * args.steps - began)
-        for group, rate in zip(optimizer.param_groups, rates):        # encoder, decoder
+        for group, rate in zip(optimizer.param_groups, rates):                # encoder, decoder
             group["lr"] = rate * min(1, (step - began + 1) / 200) * max(0.02, 1 - through ** 2)
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         with torch.no_grad():
-            share = 1 - min(0.995, step / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
+            for mean, now in zip(average.parameters(), model.parameters()):
+                mean.lerp_(now, 1 - min(0.995, step / (step + 10)))
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}  " + "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()),
                   flush=True)
+        if phase > 2 and (step + 1) % 1000 == 0 or step + 1 == args.steps:
+            for name, waves in zip(args.data, held_out):      # the first 4 s of 12 clips
+                waves = [F.pad(torch.from_numpy(w), (0, 4 * SAMPLE_RATE - len(w))) for w in waves[:12]]
+                print(name, *measure(average, torch.stack(waves).to(args.device) / 32768), flush=True)
+    export(average, args.out)
+    last.unlink(missing_ok=True)                              # nothing is left to continue
 
 
 if __name__ == "__main__":

@@ -25,6 +25,18 @@ def speech():
     return torch.stack([torch.from_numpy(soundfile.read(path, dtype="float32")[0][:96_000]) for path in paths])
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """small(waveform, envelope): from here on so many latents are for each, and 4 for the count, 16 in all."""
+    def small(waveform, envelope):
+        borders = waveform, waveform + envelope, waveform + envelope + 4
+        for name, start, stop in zip(("WAVEFORM", "ENVELOPE", "COUNT"), (0, *borders), borders):
+            monkeypatch.setattr(train_codec, name, slice(start, stop))
+        monkeypatch.setattr(train_codec, "SHAPE", dict(n_filters=4, dimension=borders[-1], lstm=1))
+        return tokens.build_mini(**train_codec.SHAPE)
+    return small
+
+
 @torch.no_grad()
 def test_an_initialised_but_untrained_codec_passes_the_waveform(speech):
     model = tokens.build_mini(n_filters=16, dimension=132, lstm=1)
@@ -39,22 +51,22 @@ def test_an_initialised_but_untrained_codec_passes_the_waveform(speech):
 
 
 @torch.no_grad()
-def test_clips_are_quantised_by_as_many_codebooks_as_asked():
-    quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4, 16, 100)
-    train_codec.fit_codebooks(quantizer, torch.randn(20_000, 16), 4, rounds=1)
+def test_clips_are_quantised_by_as_many_codebooks_as_asked(small):
+    quantizer, latents = small(8, 4).quantizer, torch.randn(4, 16, 100)
+    train_codec.fit_codebooks(quantizer, torch.randn(20_000, 16), rounds=1)
     codes = quantizer.vq.encode(latents)                                                # (8, 4, 100)
     expected = [quantizer.vq.decode(codes[:k, i:i + 1])[0] for i, k in enumerate((1, 2, 4, 8))]
-    quantised, first = train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), 4, adapt=False)
+    quantised, first = train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=False)
     torch.testing.assert_close(quantised, torch.stack(expected), atol=1e-5, rtol=0)
     torch.testing.assert_close(first, quantizer.vq.decode(codes[:1]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("phase", [1, 2, 3, 4])
-def test_each_phase_teaches_the_parts_it_is_about(speech, phase):
-    model = tokens.build_mini(n_filters=4, dimension=16, lstm=1)
+def test_each_phase_teaches_the_parts_it_is_about(speech, small, phase):
+    model = small(10, 2)
     train_codec.initialise(model, speech)
-    envelope, before = train_codec.Envelope(speech, 2), copy.deepcopy(model.encoder)
-    train_codec.fit_codebooks(model.quantizer, torch.randn(2000, 16), 2, rounds=1)
+    envelope, before = train_codec.Envelope(speech), copy.deepcopy(model.encoder)
+    train_codec.fit_codebooks(model.quantizer, torch.randn(2000, 16), rounds=1)
     books = [layer._codebook.embed.clone() for layer in model.quantizer.vq.layers]
     counts = torch.tensor([1, 2, 4, 8] * 2)
     _, out = train_codec.backward(model, before, speech[:, :9600], counts, phase, envelope, {})
@@ -67,29 +79,29 @@ def test_each_phase_teaches_the_parts_it_is_about(speech, phase):
     assert all(moved) if phase == 4 else not any(moved)
 
 
-def test_codebooks_follow_what_is_assigned_to_them_and_rare_codes_start_anew():
-    quantizer = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer
+def test_codebooks_follow_what_is_assigned_to_them_and_rare_codes_start_anew(small):
+    quantizer = small(0, 12).quantizer
     latents = lambda n, mean: F.pad(torch.randn(1, 12, n) + mean, (0, 0, 0, 4))           # (1, 16, n)
-    train_codec.fit_codebooks(quantizer, latents(4000, 0)[0].T, 12, rounds=2)
+    train_codec.fit_codebooks(quantizer, latents(4000, 0)[0].T, rounds=2)
     shifted = latents(400, 4)
 
     def error():
-        quantised, _ = train_codec.quantize(quantizer, shifted, torch.tensor([1]), 12, adapt=False)
+        quantised, _ = train_codec.quantize(quantizer, shifted, torch.tensor([1]), adapt=False)
         return (quantised - shifted)[:, :12].square().mean()
     before = error()
     for _ in range(300):
-        train_codec.quantize(quantizer, latents(400, 4), torch.tensor([1]), 12, adapt=True)
+        train_codec.quantize(quantizer, latents(400, 4), torch.tensor([1]), adapt=True)
     assert error() < 0.2 * before
     codes = quantizer.vq.encode(latents(4000, 4))[0]
     assert train_codec.perplexity(codes) > 200
 
 
 @torch.no_grad()
-def test_the_first_codebook_says_nothing_but_the_envelope():
-    quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4, 16, 500)
-    train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), 4, rounds=4)
+def test_the_first_codebook_says_nothing_but_the_envelope(small):
+    quantizer, latents = small(8, 4).quantizer, torch.randn(4, 16, 500)
+    train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), rounds=4)
     for _ in range(20):
-        train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), 4, adapt=True)
+        train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=True)
     first, second = (layer._codebook.embed for layer in quantizer.vq.layers[:2])
     assert not first[:, :8].any() and first[:, 8:12].abs().min(1).values.gt(0).all() and second[:, :8].any()
     other = torch.cat([torch.randn(4, 8, 500), latents[:, 8:]], dim=1)                  # another waveform
@@ -97,13 +109,13 @@ def test_the_first_codebook_says_nothing_but_the_envelope():
 
 
 @torch.no_grad()
-def test_the_decoder_is_told_how_many_codebooks_it_hears():
-    quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4, 16, 300)
-    train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), 4, rounds=2)
-    train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), 4, adapt=True)
+def test_the_decoder_is_told_how_many_codebooks_it_hears(small):
+    quantizer, latents = small(8, 4).quantizer, torch.randn(4, 16, 300)
+    train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), rounds=2)
+    train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=True)
     codes = quantizer.vq.encode(latents)
     for k in range(1, 9):
-        heard = quantizer.vq.decode(codes[:k])[:, -train_codec.N_COUNT:]                  # (4, 4, 300)
+        heard = quantizer.vq.decode(codes[:k])[:, train_codec.COUNT]                       # (4, 4, 300)
         expected = torch.tensor([k > 0, k > 1, k > 2, k > 4]) / 4
         torch.testing.assert_close(heard, expected[:, None].expand_as(heard), atol=1e-5, rtol=0)
 
@@ -121,10 +133,10 @@ def test_words_are_lost_when_bands_no_longer_move_as_they_did(speech):
     torch.testing.assert_close(train_codec.words_loss(noisy, speech, some), alone, atol=1e-5, rtol=0)
 
 
-def test_k_means_leaves_less_over_with_every_codebook_and_uses_all_codes(capsys):
-    quantizer, latents = tokens.build_mini(n_filters=4, dimension=16, lstm=1).quantizer, torch.randn(4000, 16)
+def test_k_means_leaves_less_over_with_every_codebook_and_uses_all_codes(small, capsys):
+    quantizer, latents = small(0, 12).quantizer, torch.randn(4000, 16)
     latents[:, 12:] = 0
-    train_codec.fit_codebooks(quantizer, latents, 12, rounds=4)
+    train_codec.fit_codebooks(quantizer, latents, rounds=4)
     left = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(left) == 8 and left == sorted(left, reverse=True) and left[-1] < 0.3 * left[0]
     codes = train_codec.nearest(latents, quantizer.vq.layers[0]._codebook.embed)
@@ -132,7 +144,7 @@ def test_k_means_leaves_less_over_with_every_codebook_and_uses_all_codes(capsys)
 
 
 def test_the_envelope_can_be_added_up_to_most_of_the_log_mel_it_was_taken_from(speech):
-    envelope = train_codec.Envelope(speech, 16)
+    envelope = train_codec.Envelope(speech)
     target = envelope(speech)                                                           # (8, 16, 300)
     assert target.shape == (8, 16, 300) and target[..., 1:].var((0, 2)).sum() == pytest.approx(1, rel=1e-3)
     frames, frame = [], torch.zeros(8, 16)
@@ -164,45 +176,43 @@ class Spectrogram(torch.nn.Module):
         return spectrum.view(*x.shape[:2], *spectrum.shape[1:]) / self.n_fft ** 0.5
 
 
-def test_training_with_a_discriminator_writes_a_codec_and_resumes(tmp_path, monkeypatch, speech, capsys):
+def test_training_with_a_discriminator_writes_a_codec_and_resumes(tmp_path, monkeypatch, small, speech, capsys):
+    small(10, 2)
     monkeypatch.setattr(sys.modules["torchaudio"], "transforms", types.SimpleNamespace(Spectrogram=Spectrogram),
                         raising=False)
-    small = functools.partial(msstftd.MultiScaleSTFTDiscriminator, 2)
-    monkeypatch.setattr(msstftd, "MultiScaleSTFTDiscriminator", lambda _, **sizes: small(**sizes))
+    tiny = functools.partial(msstftd.MultiScaleSTFTDiscriminator, 2)
+    monkeypatch.setattr(msstftd, "MultiScaleSTFTDiscriminator", lambda _, **sizes: tiny(**sizes))
     monkeypatch.setattr(train_codec, "fit_codebooks", functools.partial(train_codec.fit_codebooks, rounds=2))
     for i, wave in enumerate(speech):
         path = tmp_path / "audio" / ("val" if i < 2 else "train") / f"{i}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, wave.numpy(), 24_000)
-    out = tmp_path / "codec.pt"
-    command = ["train_codec.py", "--data", str(tmp_path / "audio"), "--n-filters", "4", "--dimension", "16", "--lstm",
-               "1", "--batch-size", "1", "--adversarial", "0.3", "--device", "cpu", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command + ["--steps", "10"])
-    train_codec.main()
-    state = torch.load(f"{out}.last", weights_only=True)
-    assert state["phase"] == 4 and state["step"] == 10
-    assert {"envelope", "decoder", "mel", "wave", "words", "waveform", "commitment", "adversarial",
-            "features"} == set(state["norms"])
-    # interrupted in the middle of phase 4, and resumed
-    other, backward, calls = tmp_path / "other.pt", train_codec.backward, []
+    steps, backward = [], train_codec.backward
 
-    def until_the_eighth(*args):
-        calls.append(args)
-        if len(calls) == 8:
+    def recorded(*args):
+        if len(steps) == 7 and out.name == "other.pt":
             raise KeyboardInterrupt
-        return backward(*args)
+        steps.append(backward(*args))
+        return steps[-1]
+    monkeypatch.setattr(train_codec, "backward", recorded)
+
+    def train(*options):
+        monkeypatch.setattr(sys, "argv", ["train_codec.py", "--device", "cpu", "--out", str(out), *options])
+        train_codec.main()
+    options = ["--data", str(tmp_path / "audio"), "--batch-size", "1", "--adversarial", "0.3", "--steps", "10"]
+    out = whole = tmp_path / "codec.pt"
+    train(*options)
+    assert len(steps) == 10 and {name for losses, _ in steps for name in losses} == set(train_codec.WEIGHTS) - {"decoder"}
+    # interrupted in the middle of phase 4, and resumed, with the options that it had
+    steps, out = [], tmp_path / "other.pt"
     monkeypatch.setattr(train_codec, "SAVE_EVERY", 0)
-    monkeypatch.setattr(train_codec, "backward", until_the_eighth)
-    monkeypatch.setattr(sys, "argv", command[:-1] + [str(other), "--steps", "10"])
     with pytest.raises(KeyboardInterrupt):
-        train_codec.main()
-    assert torch.load(f"{other}.last", weights_only=True)["step"] == 7
-    monkeypatch.setattr(sys, "argv", command[:-1] + [str(other), "--steps", "11", "--resume"])
-    with pytest.raises(SystemExit, match="--steps was 10 in the run that .*other.pt.last continues"):
-        train_codec.main()
-    monkeypatch.setattr(sys, "argv", command[:-1] + [str(other), "--steps", "10", "--resume"])
-    train_codec.main()
-    one, two = (torch.load(path, weights_only=True)["weights"] for path in (out, other))
+        train(*options)
+    assert torch.load(f"{out}.last", weights_only=True)["at"][:2] == (7, 4)
+    steps.append("one more")
+    train("--resume")
+    assert not Path(f"{out}.last").exists()
+    one, two = (torch.load(path, weights_only=True)["weights"] for path in (whole, out))
     assert all(torch.equal(one[name], two[name]) for name in one)
     codec = tokens.load_codec(str(out))
     assert codec.decode(codec.encode(speech[:1])).isfinite().all()
@@ -219,8 +229,9 @@ def test_resuming_without_a_state_is_one_clear_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [(["--steps", "0"], "--steps"), (["--steps", "nan"], "--steps"),
-                                            (["--batch-size", "0"], "sizes"), (["--dimension", "4"], "--dimension"),
-                                            (["--out", "nowhere/codec.pt"], "no such folder")])
+                                            (["--batch-size", "0"], "--batch-size"), (["--frames", "28"], "--frames"),
+                                            (["--out", "nowhere/codec.pt"], "not a file in an existing folder"),
+                                            (["--out", "."], "not a file in an existing folder")])
 def test_a_bad_option_is_one_clear_line(monkeypatch, tmp_path, capsys, options, words):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_codec.py", *options])

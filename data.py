@@ -24,7 +24,9 @@ crop of one clip, never of two; a clip shorter than the context is used whole an
 targets do not count. The first position of a clip is START, so the model is always told that there is nothing before.
 """
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -48,9 +50,8 @@ BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time,
 BLOCK_VALUES = 4_000_000             # but at most so many values, all channels together
-LONG = 60                            # seconds: on a CPU a longer file is encoded alone
-SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
-SUFFIXES |= {".oga", ".opus", ".aif"}
+LONG = 60                            # seconds: on a CPU a longer file is encoded alone, and less audio by one process
+SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {".oga", ".opus", ".aif"}
 
 
 # ----------------------------------------------------------------------------- audio in
@@ -85,10 +86,10 @@ def read_audio(path):
         raise DataError(f"{path}: holds no samples")
 
 
-def read_blocks(path, n):
-    """`read_audio` in pieces of exactly n samples and a shorter one, perhaps empty, at the end."""
+def read_blocks(path, n, silence):
+    """`read_audio`, then so many zeros, in pieces of exactly n samples and a shorter one, perhaps empty, at the end."""
     rest = np.zeros(0, np.float32)
-    for piece in read_audio(path):
+    for piece in itertools.chain(read_audio(path), [np.zeros(silence, np.float32)]):
         rest = np.concatenate([rest, piece])
         while len(rest) >= n:
             yield rest[:n]
@@ -97,10 +98,9 @@ def read_blocks(path, n):
 
 
 def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
-    """Encode files side by side, block by block. Yields of paths[i], as it comes,
+    """Encode files side by side, block by block. Yields, for each block of each paths[i],
 
-        (i, codes (t, K) uint16, mel (t, 80) float16)    the next frames
-        (i, problem, None)                               at its end; problem: None, or why it cannot be used
+        (i, codes (t, K) uint16, mel (t, 80) float16, ended, problem)    problem: None, or why it cannot be used
 
     Everything is causal, so a file that ends before others is padded and what the padding gives is left out.
     mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. latents: in
@@ -109,29 +109,28 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
     block_size = BLOCK if codec.device.type == "cuda" else max(BLOCK // len(paths) // HOP, 1) * HOP      # bounds memory
     encoder, spectrogram = codec.stream_encoder(), StreamingLogMel(lookahead, window)
     decoder = codec.stream_decoder() if mel_codebooks else None
-    readers, waiting = [read_blocks(path, block_size) for path in paths], set(range(len(paths)))
-    n_samples, problems, done, codes = [0] * len(paths), {}, 0, None
+    ahead = max(0, lookahead)                                 # a mel comes so late: silence after the file fetches it
+    readers = [read_blocks(path, block_size, ahead) for path in paths]
+    n_samples, n_done = [-ahead] * len(paths), 0              # of each file read, but for that silence; frames yielded
+    codes = torch.zeros(len(paths), codec.n_codebooks, 0, dtype=torch.long, device=codec.device)
     with ThreadPoolExecutor(len(paths)) as pool:              # files are read side by side, and while the codec works
         reading = {i: pool.submit(next, reader) for i, reader in enumerate(readers)}
-        while waiting:
-            flush = not reading                               # all have ended, but a mel that looks ahead lags behind
-            waves, longest = np.zeros((len(paths), block_size), np.float32), 0
-            for i, block in list(reading.items()):
+        while reading:
+            waves, longest, now, problems = np.zeros((len(paths), block_size), np.float32), 0, list(reading), {}
+            for i in now:
                 try:
-                    block = block.result()
+                    block = reading.pop(i).result()
                 except DataError as error:
-                    problems[i], block = str(error).removeprefix(f"{paths[i]}: "), waves[i, :0]
+                    block, problems[i] = waves[i, :0], str(error).removeprefix(f"{paths[i]}: ")
+                if len(block) == block_size:                  # a shorter one is the last
+                    reading[i] = pool.submit(next, readers[i])
                 waves[i, :len(block)] = block
                 n_samples[i] += len(block)
                 longest = max(longest, len(block))
-                if len(block) < block_size:
-                    del reading[i]
-                else:
-                    reading[i] = pool.submit(next, readers[i])
-            wave = torch.from_numpy(waves[:, :max(0, lookahead) if flush else longest]).to(codec.device)
+            wave = torch.from_numpy(waves[:, :longest]).to(codec.device)
             unquantised = encoder.latents(wave)                   # (B, C, t)
             new = codec.quantize(unquantised, codec.n_codebooks)  # (B, K, t)
-            codes = new if codes is None else torch.cat([codes, new], dim=-1)
+            codes = torch.cat([codes, new], dim=-1)
             if latents:
                 mel = (codec.dequantize(new[:, :mel_codebooks]) if mel_codebooks else unquantised).mT     # (B, t, C)
             else:                                                 # (B, u, 80); with a lookahead they come later
@@ -139,15 +138,12 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
             # frames whose mel has arrived; the codes of later ones wait for theirs
             ready, codes = codes[..., :mel.shape[1]].mT.cpu().numpy().astype(np.uint16), codes[..., mel.shape[1]:]
             mel = mel.cpu().numpy().astype(np.float16)
-            for i in sorted(waiting):
-                left = n_samples[i] // HOP - done                 # frames of file i that were read and not yet yielded
-                n = min(left, mel.shape[1])
-                yield i, ready[i, :n], mel[i, :n]
-                if i not in reading and (i in problems or left <= n):
-                    waiting.remove(i)
-                    short = f"shorter than one frame of {HOP} samples" if n_samples[i] < HOP else None
-                    yield i, problems.get(i, short), None
-            done += mel.shape[1]
+            for i in now:
+                n = max(0, n_samples[i] // HOP - n_done)      # frames of this file; what follows is padding
+                if i not in reading and n_samples[i] < HOP:
+                    problems.setdefault(i, f"shorter than one frame of {HOP} samples")
+                yield i, ready[i, :n], mel[i, :n], i not in reading, problems.get(i)
+            n_done += mel.shape[1]
 
 
 # ----------------------------------------------------------------------------- preparing a dataset
@@ -155,7 +151,8 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
 def find_audio(dataset, cache=CACHE):
     """A dataset's name or a folder -> (folder, sorted names of the audio files under it, as paths relative to it).
 
-    A corpus of corpora.py that is not there yet is fetched.
+    A corpus of corpora.py that is not there yet is fetched. Raises DataError if there is no such dataset, no audio in
+    it (or in its train/ or val/), or the cache is.
     """
     if dataset in CORPORA:
         folder, corpus = fetch(dataset)
@@ -243,6 +240,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "mel_floor": FLOOR,
                  "n_mels": codec.vectors.shape[-1] if latents else N_MELS, "latents": latents,
                  "mel_codebooks": mel_codebooks, "lookahead": lookahead, "window": window}
+    # change any of these, and the key is another: no old cache is ever mistaken for a new one
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
     home = Path(cache) / f"{name}-{codec.name}-{key}"
@@ -264,89 +262,77 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     return Dataset(home)
 
 
-class _Encoding(torch.utils.data.IterableDataset):
-    """Batches of files to encode into the folder `home`, shared out among a DataLoader's processes (which, unlike
-    those of a pool, end when the one that started them is killed).
+def _encode(home, folder, files, codec, made_with, title, quiet):
+    """Encode into `home` one file I.clip for each file I that has none there yet -> {I: why it cannot be used}."""
+    for part in home.glob("*.part"):
+        part.unlink(missing_ok=True)
+    todo, seconds = [i for i in range(len(files)) if not (home / f"{i}.clip").exists()], {}
+    for i in todo:
+        try:
+            seconds[i] = soundfile.info(folder / files[i][0]).duration
+        except (soundfile.SoundFileError, OSError, ValueError, ZeroDivisionError):
+            seconds[i] = 0.0                                  # whatever it is, reading it will tell
+    todo.sort(key=seconds.get, reverse=True)                  # like beside like, for what is padded is wasted
+    n_workers, n_alone, side_by_side = 0, 0, 16               # for a GPU: in this process, 16 files at once
+    if codec.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        n_workers = cores if sum(seconds.values()) >= LONG else 0
+        n_alone = sum(length > LONG for length in seconds.values())
+        side_by_side = max(1, min(8, len(todo) // max(1, n_workers)))
+    batches = [[i] for i in todo[:n_alone]]
+    batches += [todo[i:i + side_by_side] for i in range(n_alone, len(todo), side_by_side)]
+    encode = functools.partial(_encode_batch, home, folder, files, codec, made_with)
+    # unlike those of a pool, a DataLoader's processes end when the one that started them is killed
+    work = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=encode, in_order=False,
+                                       num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0)
+    total, problems = sum(size for _, size, _ in files), {}
+    with tqdm(total=total, initial=total - sum(files[i][1] for i in todo), unit="B", unit_scale=True, desc=title,
+              disable=quiet) as bar:
+        for results in work:
+            if isinstance(results, OSError):
+                raise results                                 # here, inside `writing`
+            problems |= {i: problem for i, problem in results.items() if problem}
+            bar.update(sum(files[i][1] for i in results))
+    if problems:
+        print(f"skipped {len(problems)} of {len(files)} files: "
+              + "; ".join(f"{files[i][0]}: {problem}" for i, problem in sorted(problems.items())), file=sys.stderr)
+    return problems
 
-    Of each file I that is done it yields (I, None), and home/I.clip holds its frames; or (I, why it cannot be used).
+
+def _encode_batch(home, folder, files, codec, made_with, batch):
+    """Encode the files whose numbers are in `batch` side by side; the frames of file I go into home/I.clip.
+
+    Returns {I: None, or why it cannot be used}; or an OSError of the cache's disk, of which a DataLoader would raise
+    a copy without its number.
     """
-
-    def __init__(self, home, batches, folder, files, codec, made_with):
-        self.home, self.batches, self.folder, self.files = home, batches, folder, files
-        self.codec, self.made_with = codec, made_with
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        for batch in self.batches[worker.id::worker.num_workers] if worker else self.batches:
-            try:
-                yield from self.encode(batch)
-            except OSError as error:                          # of the cache's disk; what cannot be read is a DataError
-                yield None, error                             # raised again in `_encode`, inside `writing`
-
-    def encode(self, batch):
-        # a number of its own for each process: one whose parent was killed may still be at work
-        parts = [self.home / f"{i}.{os.getpid()}.part" for i in batch]
-        mel_is = {key: self.made_with[key] for key in ("mel_codebooks", "latents", "lookahead", "window")}
+    # a name of its own for each process: one whose parent was killed may still be at work
+    parts, results = [home / f"{i}.{os.getpid()}.part" for i in batch], {}
+    mel_is = {key: made_with[key] for key in ("mel_codebooks", "latents", "lookahead", "window")}
+    try:
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
-            paths = [self.folder / self.files[clip][0] for clip in batch]
-            for i, codes_or_problem, mel in encode_files(paths, self.codec, **mel_is):
-                if mel is not None:
-                    rows = np.empty(len(mel), _row(self.made_with))
-                    rows["codes"], rows["mel"] = codes_or_problem, mel
-                    out[i].write(rows.tobytes())
-                    continue
-                out[i].flush()
-                os.fsync(out[i].fileno())                     # or a power cut might leave an empty .clip
-                out[i].close()
-                if codes_or_problem:
-                    parts[i].unlink()
-                else:
-                    os.replace(parts[i], self.home / f"{batch[i]}.clip")
-                yield batch[i], codes_or_problem
+            paths = [folder / files[i][0] for i in batch]
+            for i, codes, mel, ended, problem in encode_files(paths, codec, **mel_is):
+                rows = np.empty(len(mel), _row(made_with))
+                rows["codes"], rows["mel"] = codes, mel
+                out[i].write(rows.tobytes())
+                if ended:
+                    out[i].flush()
+                    os.fsync(out[i].fileno())                 # or a power cut might leave an empty .clip
+                    out[i].close()
+                    if problem:
+                        parts[i].unlink()
+                    else:
+                        os.replace(parts[i], home / f"{batch[i]}.clip")
+                    results[batch[i]] = problem
+    except OSError as error:                                  # what cannot be read is a problem, and no OSError
+        return error
+    return results
 
 
 def _row(made_with):
     """One frame as it lies in a .clip file."""
     return np.dtype([("codes", np.uint16, (made_with["n_codebooks"],)), ("mel", np.float16, (made_with["n_mels"],))])
-
-
-def _encode(home, folder, files, codec, made_with, title, quiet):
-    """Encode into `home` one file I.clip for each file I that has none there yet -> {I: why it cannot be used}."""
-    for part in home.glob("*.part"):
-        part.unlink()
-    todo, seconds = [i for i in range(len(files)) if not (home / f"{i}.clip").exists()], {}
-    left = sum(files[i][1] for i in todo)
-    for i in todo:
-        try:
-            info = soundfile.info(folder / files[i][0])
-            seconds[i] = info.frames / info.samplerate
-        except (soundfile.SoundFileError, OSError, ValueError, ZeroDivisionError):
-            seconds[i] = 0.0                                  # whatever it is, reading it will tell
-    todo.sort(key=seconds.get, reverse=True)                  # like beside like, the long ones first
-    on_cpu = codec.device.type == "cpu"
-    n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if not on_cpu or sum(seconds.values()) < LONG:
-        n_workers = 0                                         # in this process
-    side_by_side = max(1, min(8, len(todo) // max(1, n_workers))) if on_cpu else 16       # bounds memory, as BLOCK does
-    n_long = sum(seconds[i] > LONG for i in todo) if on_cpu else 0
-    batches = [[i] for i in todo[:n_long]]
-    batches += [todo[i:i + side_by_side] for i in range(n_long, len(todo), side_by_side)]
-    work = torch.utils.data.DataLoader(_Encoding(home, batches, folder, files, codec, made_with), batch_size=None,
-                                       num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0,
-                                       in_order=False)
-    total, problems = sum(size for _, size, _ in files), {}
-    with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, desc=title, disable=quiet) as bar:
-        for i, problem in work:
-            if isinstance(problem, OSError):
-                raise problem
-            if problem:
-                problems[i] = problem
-            bar.update(files[i][1])
-    if problems:
-        print(f"skipped {len(problems)} of {len(files)} files: "
-              + "; ".join(f"{files[i][0]}: {problem}" for i, problem in sorted(problems.items())), file=sys.stderr)
-    return problems
 
 
 def _join(home, dataset, name, names, made_with, problems):
@@ -368,11 +354,12 @@ def _join(home, dataset, name, names, made_with, problems):
         print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
         cut = n_frames - max(1, n_frames // 10)
         clips, used, is_val = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True]
-    n_train = [(end - start) * (not val) for (start, end), val in zip(clips.tolist(), is_val)]    # of each clip
+    # of each file, how many frames train: all or none; of an only one the first nine tenths
+    n_train = [(end - start) * (not val) for (start, end), val in zip(clips.tolist(), is_val)]
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
     n_mels = made_with["n_mels"]
-    n, total, products = 0, np.zeros(n_mels), np.zeros((n_mels, n_mels))
+    n, total, products = sum(n_train), np.zeros(n_mels), np.zeros((n_mels, n_mels))
     with open(home / "codes.npy", "wb") as codes, open(home / "mel.npy", "wb") as mels:
         for file, field in (codes, "codes"), (mels, "mel"):
             dtype, width = row[field].subdtype
@@ -384,9 +371,9 @@ def _join(home, dataset, name, names, made_with, problems):
                     codes.write(rows["codes"].tobytes())
                     mels.write(rows["mel"].tobytes())
                     part = rows["mel"][:left].astype(np.float64)
-                    n, left = n + len(part), left - len(part)
+                    left -= len(part)
                     total, products = total + part.sum(0), products + part.T @ part
-    mean = total / n
+    mean = total / n                                          # and covariance E[x x'] - E[x] E[x]', so one pass will do
     covariance = products / n - np.outer(mean, mean) + 1e-4 * np.eye(n_mels)      # silence alone has no variance
     np.savez(home / "mel_statistics.npz", mean=mean, covariance=covariance)
     np.save(home / "clips.npy", clips.astype(np.int64))
@@ -404,7 +391,7 @@ class Dataset:
     meta, key       the content of meta.json; the name of the cache, which changes with anything it was made from
     codes, mel      (frames, K) uint16 and (frames, 80) float16, all clips one after the other
     audio           what it was made of, in a short string: clips, their lengths and split, codec, mel; but not where
-                    the files were, so that a run may continue elsewhere
+                    the files were, so that a run may continue elsewhere, nor what is heard in them
     train, val      (clips, 2) first and one past the last frame of each clip of the split
     mel_statistics  mean (80,) and covariance (80, 80) of the training split's mel
     """
@@ -420,15 +407,16 @@ class Dataset:
             is_val = np.array([clip["val"] for clip in self.meta["clips"]])
             self.train, self.val = clips[~is_val], clips[is_val]
             codes, mel = self.codes, self.mel
-            fits = (codes.dtype == np.uint16 and mel.dtype == np.float16 and clips.dtype == np.int64
-                    and len(codes) == len(mel) and mel.shape[1] == len(self.mel_statistics[0])
+            fits = (codes.ndim == mel.ndim == 2 and len(codes) == len(mel)
+                    and mel.shape[1] == len(self.mel_statistics[0])
+                    and codes.dtype == np.uint16 and mel.dtype == np.float16 and clips.dtype == np.int64
                     and 0 <= clips.min() <= clips.max() <= len(codes) and (clips[:, 0] < clips[:, 1]).all()
                     and len(self.train) and len(self.val))
         except Exception as error:                            # damaged arrays make numpy raise almost anything
             raise self.damaged(type(error).__name__) from error
         if not fits:
             raise self.damaged("its parts do not fit together")
-        self.train_ends = np.diff(self.train, axis=1)[:, 0].cumsum()      # frames up to and with each clip
+        self.train_ends = np.diff(self.train, axis=1)[:, 0].cumsum()      # training frames up to the end of each clip
 
     # mapped anew for every batch, as nanoGPT does: pages that were read would otherwise pile up in this process
     codes = property(lambda self: np.load(self.home / "codes.npy", mmap_mode="r"))
@@ -451,10 +439,9 @@ class Dataset:
             clip = np.searchsorted(self.train_ends, frame, side="right")
             start, end = self.train[clip]
             offset = frame - (self.train_ends[clip] - (end - start)) - stretch // 2
-            crops.append((start, end, max(0, min(offset, end - start - stretch)), 0))
-        cut = lambda x, axis: x.unflatten(axis, (-1, context)).movedim(axis, 1).flatten(0, 1)
-        codes, mel, targets = self.gather(crops, stretch)
-        return cut(codes, 2), cut(mel, 1), cut(targets, 2)
+            offset = max(0, min(offset, end - start - stretch))
+            crops += [(start, end, offset + i, 0) for i in range(0, stretch, context)]
+        return self.gather(crops, context)
 
     def validation(self, context, batch_size):
         """The whole validation split in fixed order: yields (codes, mel, targets, clip (B,)) batches.
@@ -482,14 +469,14 @@ class Dataset:
         mel = np.zeros((B, context, all_mel.shape[1]), np.float16)
         targets = np.full((B, all_codes.shape[1], context), IGNORE, np.int64)
         for row, (start, end, offset, score_from) in enumerate(crops):
-            first, n = start + offset, min(context, end - start - offset)
+            first, n = start + offset, max(0, min(context, end - start - offset))             # 0: past the clip's end
             at_start = int(offset == 0)                       # the clip's first input is START, not a frame
             shown = slice(first - 1 + at_start, first - 1 + n)
-            codes[row, 0, 0] = START
+            codes[row, 0, :at_start] = START
             codes[row, :, at_start:n] = all_codes[shown].T
             mel[row, at_start:n] = all_mel[shown]
             targets[row, :, score_from:n] = all_codes[first + score_from:first + n].T
-        if targets.max() >= CODEBOOK_SIZE:
+        if targets.max() >= CODEBOOK_SIZE or codes.max() > START:
             raise self.damaged("codes that do not exist")
         return torch.from_numpy(codes), torch.from_numpy(mel), torch.from_numpy(targets)
 

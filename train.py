@@ -7,7 +7,7 @@ train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
     python train.py --resume                                go on after an interruption, from out.last.pt
     python train.py --eval out.pt                           score a checkpoint, train nothing
     torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; without dropout and
-                                                            mel_noise the same losses
+                                                            mel_noise the same losses, but for rounding
 
 Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
 that was printed, and each clip's NLL. An evaluation is the whole validation split in fixed order, so two of them can be
@@ -42,7 +42,8 @@ TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
 # options by what they are: what a model is shown; what may be another after --resume; what is no part of the run
-SHOWN = ("dataset", "codec", "mel_codebooks", "latents", "lookahead", "window")
+MEL = ("mel_codebooks", "latents", "lookahead", "window")
+SHOWN = ("dataset", "codec", *MEL)
 MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile")
 NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")
 
@@ -124,6 +125,7 @@ def parse_arguments():
         parser.error("--eval wants a checkpoint")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
+    # once more without defaults: what is not None then was given, and --resume must tell that from a default
     no_defaults = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args))))
     args.given = {name for name, value in vars(no_defaults).items() if value is not None}
     may_vary = {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"} - {"latents"}
@@ -191,7 +193,7 @@ def learning_rate(step, args):
     """Linear warm-up, then half a cosine down to a tenth."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    done = (step - args.warmup) / (args.steps - args.warmup)
     return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -207,7 +209,8 @@ def settle(args, files):
         if path.exists() and path.stat().st_size and not args.overwrite:
             sys.exit(f"error: {path} exists: choose another --out, continue it with --resume, or discard it "
                      "with --overwrite")
-    args.codec = args.codec or ("encodec" if args.dataset in CORPORA else "mini")
+    if args.codec is None:
+        args.codec = "encodec" if args.dataset in CORPORA else "mini"
     args.lr = args.lr or (1.2e-2 if args.model.startswith("nano") else 1e-3)
     args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
     args.context = args.context or PRESETS[args.model].context
@@ -233,7 +236,8 @@ def new_model(args, codec):
 
 
 def interrupted(args, last, device):
-    """What --resume continues: (model, checkpoint) of the file `last`; args become those the run was started with."""
+    """What --resume continues: (model, checkpoint) of the file `last`; args become those the run was started with, but
+    for those of MAY_MOVE that are given now."""
     model, checkpoint = load_checkpoint(last, device)
     if "optimizer" not in checkpoint:
         raise CheckpointError(f"{last} holds a model but no training state: --resume needs the one that an "
@@ -255,30 +259,17 @@ def its_codec(checkpoint, path, device, name, folder):
     return codec
 
 
-def open_data(args, codec):
-    """The dataset as `args` want it shown, prepared unless it is."""
-    return prepare(args.dataset, codec, mel_codebooks=args.mel_codebooks, latents=args.latents,
-                   lookahead=args.lookahead, window=tuple(args.window))
-
-
-def precision(args, device):
-    """The context that forward passes run in: bfloat16 where it is asked for, and on a GPU unless told otherwise."""
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    return torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else contextlib.nullcontext()
-
-
 def score(args, device):
     """--eval: print a checkpoint's validation figures in one line of JSON."""
     if WORLD > 1:
         sys.exit("error: --eval takes one process: without torchrun")
     model, checkpoint = load_checkpoint(args.eval, device)
-    for name in set(SHOWN) - args.given:
-        setattr(args, name, checkpoint.get(name, getattr(args, name)))            # assets/ was trained before --latents
+    vars(args).update({name: checkpoint[name] for name in SHOWN if name not in args.given})
     codec = its_codec(checkpoint, args.eval, device, args.codec, args.codec_dir)
-    data = open_data(args, codec)
-    figures, sums, counts = evaluate(model, data, args.batch_size, precision(args, device))
-    print(json.dumps({"checkpoint": args.eval, "dataset": args.dataset, "codec": codec.name,
-                      "mel_codebooks": args.mel_codebooks, "lookahead": args.lookahead, "window": args.window,
+    data = prepare(args.dataset, codec, **{name: getattr(args, name) for name in MEL})
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
+    print(json.dumps({"checkpoint": args.eval, **{name: getattr(args, name) for name in SHOWN}, "codec": codec.name,
                       **figures, "unigram_nll": data.unigram_nll(), "n_params": model.n_params(),
                       **by_clip(sums, counts)}))
 
@@ -303,11 +294,12 @@ def main():
     args = parse_arguments()
     signal.signal(signal.SIGTERM, terminated)                 # until the loop sees to it
     device = choose_device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if args.eval:
         return score(args, device)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-        by_cpu = dist.new_group(backend="gloo", timeout=timedelta(days=1))        # to wait in without using a GPU
+        by_cpu = dist.new_group(backend="gloo", timeout=timedelta(days=1))        # to agree without waiting for a GPU
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
     if RANK:                                                  # the first process alone evaluates and writes
@@ -332,9 +324,10 @@ def main():
     else:
         codec = load_codec(args.codec, device, args.codec_dir)
         model = new_model(args, codec)
-    data = open_data(args, codec)                             # one process prepares, the others wait for its lock
+    # one process prepares, the others wait for its lock
+    data = prepare(args.dataset, codec, **{name: getattr(args, name) for name in MEL})
     unigram = 0.0 if RANK else data.unigram_nll()             # reads all codes
-    autocast = precision(args, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # --- model, optimiser
     if not args.resume:
@@ -354,9 +347,8 @@ def main():
         if checkpoint["audio"] != data.audio:
             raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now")
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, tokens_seen, seconds, best = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "best"))
-        if not out.exists():                                  # lost: the next evaluation writes it anew
-            best = math.inf
+        step, tokens_seen, seconds = (checkpoint[name] for name in ("step", "tokens_seen", "seconds"))
+        best = checkpoint["best"] if out.exists() else math.inf                   # lost: an evaluation writes it anew
         checkpoint = None                                     # or its memory would stay taken
     compiled = device.type == "cuda" if args.compile is None else args.compile
     forward = torch.compile(model) if compiled else model
@@ -385,13 +377,13 @@ def main():
             "val_frames": data.meta["val_frames"]})
 
     stopped_by = []                                           # a signal ends the run after the step it falls into
+    hangup = getattr(signal, "SIGHUP", None)                  # the terminal was closed; nohup has it ignored
 
     def stop_soon(number, _):
         stopped_by.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)                  # a second Ctrl-C: at once
         if number == hangup:                                  # nobody is there to read, and to print would fail
             sys.stdout = open(os.devnull, "w")
-    hangup = getattr(signal, "SIGHUP", None)                  # the terminal was closed; nohup has it ignored
     for number in (signal.SIGINT, signal.SIGTERM, hangup):
         if number and not (number == hangup and signal.getsignal(number) == signal.SIG_IGN):
             signal.signal(number, stop_soon)
@@ -451,6 +443,7 @@ def main():
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = counted(batch[2], depth_frames), 0.0                # (2,)
         depth_frames, n_all = move(depth_frames, device), move(n_targets.clamp(min=1), device)
+        # of the batch this process's rows, of these --accumulate parts
         parts = zip(*(move(x.chunk(WORLD)[RANK], device).chunk(args.accumulate) for x in batch))
         for part, (c, m, t) in enumerate(parts, start=1):
             if WORLD > 1:                                     # gradients are averaged once, after the last part

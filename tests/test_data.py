@@ -295,9 +295,11 @@ def test_a_folder_that_holds_the_cache_is_refused(tiny_codec):
 
 # ----------------------------------------------------------------------------- the cache
 
-def test_a_cache_whose_parts_do_not_fit_together_is_refused(tmp_path, tiny_codec):
+@pytest.mark.parametrize("name, spoilt", [("mel.npy", lambda mel: mel[:-1]), ("codes.npy", lambda codes: codes[:, 0]),
+                                          ("codes.npy", lambda codes: codes.astype(np.int64))])
+def test_a_cache_whose_parts_do_not_fit_together_is_refused(tmp_path, tiny_codec, name, spoilt):
     dataset = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True)
-    np.save(dataset.home / "mel.npy", np.load(dataset.home / "mel.npy")[:-1])
+    np.save(dataset.home / name, spoilt(np.load(dataset.home / name)))
     with pytest.raises(DataError, match=f"{dataset.key} is damaged .*do not fit together.*delete"):
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
 
@@ -554,6 +556,15 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(mixed, tmp_path):
     assert not torch.equal(mixed.batch(1, 2, 8, 32)[2], mixed.batch(1, 3, 8, 32)[2])
     assert not torch.equal(mixed.batch(1, 2, 8, 32)[2], mixed.batch(2, 2, 8, 32)[2])
     assert not torch.equal(mixed.batch(1, 2, 8, 32)[2], mixed.batch(2, 1, 8, 32)[2])
+
+
+def test_codes_that_do_not_exist_are_refused_as_inputs_too(mixed):
+    start, end = mixed.train[0]
+    for row in (start + 10, start + 9):                       # a target, and what is shown
+        codes = np.load(mixed.home / "codes.npy")
+        codes[row] = 5000
+        with mock.patch.object(data.Dataset, "codes", codes), pytest.raises(DataError, match="codes that do not exist"):
+            mixed.gather([(start, end, 10, 0)], 8)
 
 
 def test_a_stretch_is_cut_into_rows_that_follow_one_another(mixed):

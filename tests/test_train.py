@@ -707,6 +707,7 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (["--dataset", "speeech"], ["speeech", "speech", "music"]),
     (["--codec", "minni"], ["minni", "encodec"]),
+    (["--codec", ""], ["no codec ''", "encodec"]),
     (["--no-such-option"], ["--no-such-option"]),
     (["--step", 3], ["--step"]),
     (["--context", 31], ["--context", "even"]),

@@ -436,7 +436,7 @@ class Dataset:
         rng = np.random.default_rng((seed, step))
         crops = []
         for frame in rng.integers(self.train_ends[-1], size=batch_size * context // stretch):
-            clip = np.searchsorted(self.train_ends, frame, side="right")
+            clip = np.searchsorted(self.train_ends, frame, side="right")          # the clip it is in
             start, end = self.train[clip]
             offset = frame - (self.train_ends[clip] - (end - start)) - stretch // 2
             offset = max(0, min(offset, end - start - stretch))

@@ -1,8 +1,8 @@
 """
 closeness.py: is what a model generates distributed like real audio?
 
-    python notebooks/closeness.py speech assets/nano-speech.pt assets/nano-gpt-speech.pt
-    python notebooks/closeness.py music assets/nano-music.pt assets/nano-gpt-music.pt
+    python notebooks/closeness.py speech assets/nano-speech.pt assets/nano-gpt-speech.pt --out mine.json
+    python notebooks/closeness.py music assets/nano-music.pt assets/nano-gpt-music.pt --out mine.json
 
 Each checkpoint generates clips from nothing; each 1/75 s of them becomes a vector of 160 numbers: a log-mel frame and
 how much it changes within the next 1/15 s. Two sets of clips are compared by the Fréchet distance (squared, as in FID),

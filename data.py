@@ -46,6 +46,7 @@ from model import IGNORE, START
 from tokens import CODEBOOK_SIZE
 
 ASSETS = Path(__file__).parent / "assets"
+MEL = ("mel_codebooks", "latents", "lookahead", "window")      # what makes one mel another: arguments of `prepare`
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time,
@@ -307,7 +308,7 @@ def _encode_batch(home, folder, files, codec, made_with, batch):
     """
     # a name of its own for each process: one whose parent was killed may still be at work
     parts, results = [home / f"{i}.{os.getpid()}.part" for i in batch], {}
-    mel_is = {key: made_with[key] for key in ("mel_codebooks", "latents", "lookahead", "window")}
+    mel_is = {name: made_with[name] for name in MEL}
     try:
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]

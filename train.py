@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from corpora import CORPORA, DISK_FULL
-from data import DataError, prepare
+from data import MEL, DataError, prepare
 from mel import WINDOW
 from model import (CODEBOOK_SIZE, DEPTH_EVERY, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
                    load_checkpoint, save, to_checkpoint, write_whole)
@@ -42,7 +42,6 @@ TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
 # options by what they are: what a model is shown; what may be another after --resume; what is no part of the run
-MEL = ("mel_codebooks", "latents", "lookahead", "window")
 SHOWN = ("dataset", "codec", *MEL)
 MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile")
 NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")

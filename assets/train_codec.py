@@ -106,7 +106,7 @@ def batch(train, rng, batch_size, n_samples):
     return torch.from_numpy(np.stack(rows).astype(np.float32)).clamp(-1, 1)
 
 
-def example(train, args, step):
+def inputs(train, args, step):
     """What a step trains on, which depends on its number alone, so that a run can be resumed: audio (B, N), the numbers
     of codebooks (B,) it is decoded from, and whether it is the discriminator's turn."""
     rng = np.random.default_rng((args.seed, step))
@@ -483,7 +483,7 @@ def main():
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
 
     on_gpu = args.device.startswith("cuda")                   # one process could not make batches as fast as a GPU
-    batches = torch.utils.data.DataLoader(range(step, args.steps), collate_fn=functools.partial(example, train, args),
+    batches = torch.utils.data.DataLoader(range(step, args.steps), collate_fn=functools.partial(inputs, train, args),
                                           batch_size=None, pin_memory=on_gpu, num_workers=8 * on_gpu)
     next_save = time.time() + SAVE_EVERY
     for step, (wave, counts, in_turn) in enumerate(batches, start=step):

@@ -738,7 +738,7 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--codec-dir", ""], ["empty name"]),
     (["--batch-size", "many"], ["--batch-size"]),
     (["--accumulate", 3], ["--accumulate"]),
-    (["--stretch", 48], ["--stretch 48", "context, 32"]),
+    (["--stretch", 16], ["--stretch 16", "context, 32"]),
     (["--stretch", 128], ["--stretch 128", "divide the batch, 64"]),
     (["--model", "gpt-5"], ["gpt-5"]),
     (["--device", "abacus"], ["abacus", "cpu"]),

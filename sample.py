@@ -110,7 +110,8 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description="Generate audio from a checkpoint of train.py.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="python sample.py [options]",
+                                     description="Generate audio from a checkpoint of train.py.")
     add = parser.add_argument
     add("--ckpt", default="out.pt", help="checkpoint of train.py (default: %(default)s)")
     add("--prompt", help="audio file to continue")

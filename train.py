@@ -48,7 +48,7 @@ NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(allow_abbrev=False,
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="python train.py [options]",
                                      description="Train a hybrid audio language model, or its token-only twin.")
     add = parser.add_argument_group("what to train on").add_argument
     add("--dataset", default="speech", help=f"speech, music, {', '.join(CORPORA)} (fetched once), or a folder of audio "

@@ -418,7 +418,7 @@ def export(model, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the mini codec.",
+    parser = argparse.ArgumentParser(description="Train the mini codec.", usage="%(prog)s [options]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
     parser.add_argument("--steps", type=int, default=16_000, help="of training")

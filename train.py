@@ -16,6 +16,7 @@ compared.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -376,13 +377,20 @@ def main():
             "val_frames": data.meta["val_frames"]})
 
     stopped_by = []                                           # a signal ends the run after the step it falls into
-    hangup = getattr(signal, "SIGHUP", None)                  # the terminal was closed; nohup has it ignored
+    hangup = getattr(signal, "SIGHUP", None)                  # of a closed terminal; nohup has it ignored
 
     def stop_soon(number, _):
         stopped_by.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)                  # a second Ctrl-C: at once
-        if number == hangup:                                  # nobody is there to read, and to print would fail
-            sys.stdout = open(os.devnull, "w")
+
+    def say(text):
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            sys.stdout = open(os.devnull, "w")                # the terminal was closed: nobody is there to read
+            stop_soon(signal.SIGHUP, None)
     for number in (signal.SIGINT, signal.SIGTERM, hangup):
         if number and not (number == hangup and signal.getsignal(number) == signal.SIG_IGN):
             signal.signal(number, stop_soon)
@@ -413,9 +421,9 @@ def main():
                     "tokens_seen": tokens_seen, "seconds": round(seconds, 1), **by_clip(sums, counts)})
             better = figures["val_nll"] < best
             finer = figures.get("val_nll_finer", [])
-            print(f"step {step:5d}  val NLL {figures['val_nll']:.4f}  perplexity {figures['val_ppl']:.1f}  accuracy "
-                  f"{100 * figures['val_acc']:.2f} %" + (f"  finer codes {np.mean(finer):.3f}" if finer else "")
-                  + ("  (best so far)" if better and step else ""), flush=True)
+            say(f"step {step:5d}  val NLL {figures['val_nll']:.4f}  perplexity {figures['val_ppl']:.1f}  accuracy "
+                f"{100 * figures['val_acc']:.2f} %" + (f"  finer codes {np.mean(finer):.3f}" if finer else "")
+                + ("  (best so far)" if better and step else ""))
             if better:
                 best = figures["val_nll"]
                 save(out, to_checkpoint(model, step=step, val_nll=best, **facts))
@@ -426,8 +434,8 @@ def main():
             time_logged, tokens_logged = time.time(), tokens_seen                 # no part of the rate
         if stop:
             launch = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
-            print(f"stopped at step {step}; continue with: {launch} train.py --resume --out {out}"
-                  + f" --device {args.device}" * ("device" in args.given))
+            say(f"stopped at step {step}; continue with: {launch} train.py --resume --out {out}"
+                + f" --device {args.device}" * ("device" in args.given))
             sys.exit(128 + stop)
         if step == args.steps:
             break
@@ -466,7 +474,7 @@ def main():
             rate = (tokens_seen - tokens_logged) / (time.time() - time_logged)
             time_logged, tokens_logged = time.time(), tokens_seen
             report({"step": step, "loss": loss_value, "lr": lr, "tokens_per_second": round(rate)})
-            print(f"step {step:5d}  loss {loss_value:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s", flush=True)
+            say(f"step {step:5d}  loss {loss_value:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s")
 
     print(f"best validation NLL {best:.4f} nats ({abs(unigram - best):.4f} {'below' if best < unigram else 'above'} "
           f"the unigram figure) in {out}; hear it with: python sample.py --ckpt {out}"

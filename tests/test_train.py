@@ -502,6 +502,16 @@ def test_a_closed_terminal_ends_the_run_with_its_state_saved(own_clips, tiny_cod
     assert torch.load(tmp_path / "out.last.pt", weights_only=True)["step"] >= 20
 
 
+def test_a_terminal_that_fails_before_its_signal_comes_costs_nothing_either(run, tmp_path):
+    def broken(*words, **options):
+        if str(words[0]).startswith("step     2  val"):
+            raise OSError(errno.EIO, "Input/output error")
+    with mock.patch("builtins.print", broken):
+        assert run(tmp_path).code == 128 + signal.SIGHUP
+    assert torch.load(tmp_path / "out.last.pt", weights_only=True)["step"] == 2
+    assert run(tmp_path, "--resume", small=False).code == 0
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_preparing_ends_the_run_without_a_word(own_clips, tiny_codec_file, tmp_path, number, code):
     """Nothing is trained yet: no file of --out is there, and the same command goes on with what is missing."""

@@ -508,7 +508,7 @@ def test_a_terminal_that_fails_before_its_signal_comes_costs_nothing_either(run,
             raise OSError(errno.EIO, "Input/output error")
     with mock.patch("builtins.print", broken):
         assert run(tmp_path).code == 128 + signal.SIGHUP
-    assert torch.load(tmp_path / "out.last.pt", weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / "out.last.pt", weights_only=True)["step"] == 3               # the one after
     assert run(tmp_path, "--resume", small=False).code == 0
 
 

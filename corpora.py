@@ -15,7 +15,8 @@ corpus because it is real recordings of many styles, published as one archive wi
 research; MusicNet and MAESTRO are classical music only, MAESTRO piano, and GTZAN has no licence at all.
 
 An archive is taken for what it is called only if its checksum is the one its publishers print. Nothing in it can write
-outside its folder. A copy that you have already can stand in: corpora/LibriSpeech may be a link to it.
+outside its folder. A copy that you have already can stand in: corpora/LibriSpeech may be a link to it. (What is fetched
+passes through corpora/ all the same; for a larger disk let corpora itself be a link.)
 """
 import contextlib
 import errno
@@ -100,6 +101,9 @@ def fetch(name, home=None):
     """
     corpus, home = CORPORA[name], Path(home or HOME)
     if not all((home / archive.folder).is_dir() for archive in corpus.archives):
+        for place in (home, *((home / archive.folder).parent for archive in corpus.archives)):
+            if place.is_symlink() and not place.exists():
+                raise DataError(f"{place} is a link to {os.readlink(place)}, which is not there: is its disk mounted?")
         with writing(home), alone(home):
             for archive in corpus.archives:
                 if not (home / archive.folder).is_dir():
@@ -119,8 +123,9 @@ def writing(folder):
                             "reads all audio files of a dataset") from error
         if error.errno not in DISK_FULL:
             raise
-        raise DataError(f"no space left in {folder}: make room there and run the same command again; it goes on from "
-                        "where it stopped") from error
+        what = "files of this size cannot be kept" if error.errno == errno.EFBIG else "no space left"
+        raise DataError(f"{what} in {folder}: make room there, or let it be a link to another disk, and run the same "
+                        "command again; it goes on from where it stopped") from error
 
 
 def _path(archive, home):
@@ -147,7 +152,7 @@ def download(archive, home):
                                     f"moved, put it here: {path} (it is deleted once it is unpacked)") from error
                 problem = f"{error.code} {error.reason}"
             except (OSError, http.client.HTTPException) as error:
-                if getattr(error, "errno", None) in DISK_FULL:
+                if getattr(error, "errno", None) in DISK_FULL or getattr(error, "filename", None):
                     raise                                     # a disk is not a network
                 problem = str(getattr(error, "reason", error))
             if done:
@@ -173,13 +178,16 @@ def _receive(url, path, have, bar):
             raise
         return True                                           # nothing beyond `have`: the checksum will tell
     with reply:
-        if have and reply.status != 206:                      # it knows no ranges, and begins again
-            have = 0
         length = reply.headers.get("Content-Length")
+        if have and reply.status != 206:                      # it knows no ranges, and begins again
+            if length and int(length) < have:                 # or this is a page that says why it does not
+                raise OSError(f"{length} bytes came instead of the rest")
+            have = 0
         total = have + int(length) if length else None
         if total and shutil.disk_usage(path.parent).free < 2 * total - have:              # packed and unpacked
             raise DataError(f"{path.parent} has not the {(2 * total - have) / 1e9:.1f} GB of free space that "
-                            f"{path.name} needs, packed and unpacked: make room, or let it be a link to a larger disk")
+                            f"{path.name} needs, packed and unpacked: make room, or let that folder be a link to a "
+                            "larger disk")
         bar.total, bar.n = total, have
         with open(path, "r+b" if have else "wb") as file:
             file.seek(have)

@@ -7,7 +7,7 @@ Two choices are unusual. One is *when* a frame looks. Frame t belongs to samples
 one column of codec tokens stands for, and its window ends exactly there:
 
     samples  -64  0          320          640          960          1280
-    frame 2   ├───┼───────────────────────────────────┤             stretch = wave[-64 : 960], zeros before the clip
+    frame 2   ├───┼───────────────────────────────────┤             segment = wave[-64 : 960], zeros before the clip
               zeros                                   └ (t+1)*HOP = 960: not one sample later
 
 The usual window is centred on the frame's first sample and reaches 192 samples past (t+1)*HOP, into the audio of the
@@ -15,9 +15,9 @@ token that a model at this position has to predict. That makes the likelihood lo
 while sampling. `lookahead` lets the window reach past on purpose, to measure how much that leak is worth.
 
 The other is *where* in it a frame listens. The usual Hann window of 1024 samples is nearly deaf at its end, and that
-is where the frame's own 320 samples are: they make a tenth of what it hears. Ours rises for 480 samples and falls in
-the last 32: the frame's own make nearly all of what it hears, and earlier frames have heard the rest. Speech coders,
-which can hardly wait either, use such lopsided windows (ITU-T G.729, 3.2.1: with 5 ms of the future; ours has none).
+is where the frame's own 320 samples are: they get a tenth of its energy (weights squared). Ours rises for 480 samples
+and falls in the last 32: the frame's own get 97 %, and earlier frames have heard the rest. Speech coders, which can
+hardly wait either, use such asymmetric windows (ITU-T G.729, 3.2.1: with 5 ms of the future; ours has none).
 
     >>> log_mel(torch.randn(24000)).shape
     torch.Size([75, 80])
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 SAMPLE_RATE = 24_000                 # Hz, EnCodec's
 HOP = 8 * 5 * 4 * 2                  # 320 samples: the product of EnCodec's strides
 FRAME_RATE = SAMPLE_RATE // HOP      # 75 frames a second, one clock for mel frames, codec tokens and model positions
-N_FFT = 1024                         # samples of a stretch, 42.7 ms. The window may weigh some with zero; the spectrum
+N_FFT = 1024                         # samples of a segment, 42.7 ms. The window may weigh some with zero; the spectrum
                                      # is then still sampled finely enough for the narrow low bands
 N_MELS = 80
 WINDOW = (480, 32)                   # samples in which it rises, and in which it falls to zero at the frame's end
@@ -48,7 +48,7 @@ def hann_window(n_fft):
     return (0.5 - 0.5 * torch.cos(2 * math.pi * n / n_fft)).float()
 
 
-def late_window(n_fft, rise, fall):
+def asymmetric_window(n_fft, rise, fall):
     """Zeros, the rising half of a Hann window of 2 * rise samples, the falling half of one of 2 * fall; (n_fft,).
 
     With rise = fall = n_fft / 2 it is the Hann window.
@@ -93,11 +93,11 @@ def mel_filterbank(n_fft=N_FFT, n_mels=N_MELS, sample_rate=SAMPLE_RATE):
 def _constants(n_fft, n_mels, window, device):
     """Window and filterbank on a device, made once."""
     with torch.inference_mode(False):          # a cached inference tensor could not be used in training later
-        return late_window(n_fft, *window).to(device), mel_filterbank(n_fft, n_mels).to(device)
+        return asymmetric_window(n_fft, *window).to(device), mel_filterbank(n_fft, n_mels).to(device)
 
 
 def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
-    """Cut overlapping stretches: that of frame t is wave[(t+1)*hop + lookahead - n_fft : (t+1)*hop + lookahead].
+    """Cut overlapping segments: that of frame t is wave[(t+1)*hop + lookahead - n_fft : (t+1)*hop + lookahead].
 
     wave (..., N) -> (..., N // hop, n_fft), a view of the padded wave. Samples before the start and after the end are
     zero.
@@ -108,9 +108,9 @@ def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
 
 
 def mel_power(frames, n_mels=N_MELS, window=None):
-    """Stretches of samples to the power in each mel band: (..., T, n_fft) -> (..., T, n_mels).
+    """Segments of samples to the power in each mel band: (..., T, n_fft) -> (..., T, n_mels).
 
-    window: (rise, fall) as in `late_window`; None: the Hann window.
+    window: (rise, fall) as in `asymmetric_window`; None: the Hann window.
     """
     if frames.numel() == 0:                    # some FFT libraries refuse an empty batch
         return frames.new_zeros(*frames.shape[:-1], n_mels)
@@ -131,7 +131,7 @@ def log_mel(wave, lookahead=0, window=WINDOW):
     whitened. Without a lookahead, frame t depends on samples before (t+1)*HOP only. Differentiable, on any device.
     lookahead: for experiments. The window ends so many samples *past* the frame, and what it hears there is a leak.
         -N: the same window as with N, but what lies past the frame counts as zero; the leak is at most the difference
-    window: (rise, fall) as in `late_window`; HANN where nothing is predicted
+    window: (rise, fall) as in `asymmetric_window`; HANN where nothing is predicted
     Raises ValueError for another number of dimensions, or a window or lookahead that does not fit into 1024 samples.
     """
     if wave.dim() not in (1, 2):
@@ -150,7 +150,7 @@ def check_window(lookahead, window):
 
 
 def _log_mel(frames, lookahead, window):
-    """Stretches of samples (..., T, 1024) -> (..., T, 80).
+    """Segments of samples (..., T, 1024) -> (..., T, 80).
 
     A negative lookahead drops samples in front and appends zeros: the window ends past the frame, and hears nothing
     there.
@@ -164,7 +164,7 @@ class StreamingLogMel:
     """`log_mel` for audio that arrives piece by piece; any split gives the frames of the whole clip.
 
     `push(samples)` takes (N,) or (B, N), N >= 0 (the same B each time), and returns the (T, 80) or (B, T, 80)
-    frames that became complete. It remembers the N_FFT - HOP samples that the next stretch reaches back to, and
+    frames that became complete. It remembers the N_FFT - HOP samples that the next segment reaches back to, and
     those of a frame still incomplete. With a lookahead frames come so much later: at the end push as many zeros.
     """
 

@@ -33,9 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 CODEBOOK_SIZE = 1024
-START = 1024                         # the code id of the position before a clip's first frame
+START = CODEBOOK_SIZE                # the code id of the position before a clip's first frame (a BOS token)
 IGNORE = -1                          # a target that does not count
-DEPTH_EVERY = 8                      # a step of training learns the finer codes of every eighth frame: they cost most
 
 
 @dataclass
@@ -134,7 +133,7 @@ class Block(nn.Module):
         return x + self.drop(self.proj(F.silu(self.up(norm(x)))))
 
 
-class Cache:
+class KVCache:
     """Keys and values of the last `context` positions, for generating one position at a time in constant time.
 
     Attention does not care in which order its keys stand, and every key carries its own position (rotary), so a
@@ -228,16 +227,17 @@ class HybridGPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def set_mel_statistics(self, mean, covariance):
-        """Mean (80,) and covariance (80, 80) of the training split's log-mel frames, kept with the weights.
+        """Mean (n_mels,) and covariance (n_mels, n_mels) of the training split's log-mel frames, for whitening.
 
         Neighbouring bands say nearly the same; a few directions of the 80 hold nearly all the variance, and what tells
-        two sounds apart may be in the others. Whitening gives all directions the same size, except for the weakest,
-        which are mostly noise: the variance of each is divided by itself plus a hundredth of their mean.
+        two sounds apart may be in the others. So a frame is expressed in the principal components of the training
+        frames, each divided by the root of its variance plus a hundredth of the mean variance: all get about the same
+        size, but for the weakest, which are mostly noise. One factor for all then makes the mean variance 1.
         """
         if self.config.use_mel:
             variances, directions = torch.linalg.eigh(torch.as_tensor(covariance, dtype=torch.float64))
             scale = (variances + 0.01 * variances.mean()).rsqrt()
-            scale = scale / (variances * scale.square()).mean().sqrt()            # as much variance as 80 bands of 1
+            scale = scale / (variances * scale.square()).mean().sqrt()
             self.mel_mean.copy_(torch.as_tensor(mean))
             self.mel_whitening.copy_(directions * scale)
 
@@ -267,7 +267,7 @@ class HybridGPT(nn.Module):
 
     def stack(self, codes, mel, cache=None):
         """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> what each position knows (B, T, n_embd), for
-        `head` and `finer_logits`. With a `Cache` T is 1, and the positions before this one are remembered."""
+        `head` and `finer_logits`. With a `KVCache` T is 1, and the positions before this one are remembered."""
         T, at_start = codes.shape[2], (codes[:, 0] == START)[..., None]           # (B, T, 1)
         context, start = self.config.context, cache.position if cache else 0
         if cache and T != 1:
@@ -359,18 +359,18 @@ def load_checkpoint(path, device="cpu"):
     Raises CheckpointError if the file is missing, damaged, of an older format, or something else.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
             raise TypeError("not a dict")
-        if checkpoint["format"] != FORMAT:
-            raise CheckpointError(f"{path} is of format {checkpoint['format']}, and this is {FORMAT}: train it anew")
-        model = HybridGPT(Config(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
+        known = checkpoint["format"] == FORMAT
+        if known:
+            model = HybridGPT(Config(**checkpoint["config"]))
+            model.load_state_dict(checkpoint["model"])
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint {path}: train.py writes one") from error
-    except CheckpointError:
-        raise
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
         raise CheckpointError(f"{path} is not a whole checkpoint written by train.py "
                               f"({type(error).__name__})") from error
+    if not known:
+        raise CheckpointError(f"{path} is of format {checkpoint['format']}, and this is {FORMAT}: train it anew")
     return model.to(device).eval(), checkpoint

@@ -33,7 +33,7 @@ import torch
 from corpora import DISK_FULL
 from data import DataError, read_audio
 from mel import FRAME_RATE, HOP, SAMPLE_RATE, WINDOW, StreamingLogMel
-from model import START, Cache, CheckpointError, load_checkpoint
+from model import START, CheckpointError, KVCache, load_checkpoint
 from tokens import CodecError
 from train import choose_device, its_codec
 
@@ -83,14 +83,14 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
 
     model: a `HybridGPT` of K codebooks in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
     prompt: codes (1, K, P) or None; temperature: of the coarse code; finer_temperature: of the others, None: the
-        same; how: more for `draw`
+        same; how: top_k, top_p and generator of every `draw`
     The prompt and its continuation run through one codec state, so there is no seam between them. What is yielded are
     inference tensors: clone what is to be trained on.
     """
     device = next(model.parameters()).device
     finer_temperature = temperature if finer_temperature is None else finer_temperature
     n_prompt = 0 if prompt is None else prompt.shape[-1]
-    cache, decoder, spectrogram = Cache(model.config.context), codec.stream_decoder(), StreamingLogMel()
+    cache, decoder, spectrogram = KVCache(model.config.context), codec.stream_decoder(), StreamingLogMel()
     codes = torch.zeros(num, model.config.n_input_codebooks, 1, dtype=torch.long, device=device)
     codes[:, 0] = START
     mel = torch.zeros(num, 1, model.config.n_mels, device=device)
@@ -119,8 +119,8 @@ def parse_arguments():
     add("--num", type=int, default=1, help="how many, generated side by side (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest code (default: %(default)s)")
     add("--finer-temperature", type=float, help="of codebooks 2 and finer (default: that of --temperature)")
-    add("--top-k", type=int, help="draw among the k likeliest codes only")
-    add("--top-p", type=float, help="draw among the likeliest codes that hold this much probability")
+    add("--top-k", type=int, help="in every codebook, draw among the k likeliest codes only")
+    add("--top-p", type=float, help="in every codebook, draw among the likeliest codes that hold this much probability")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--codec", help="codec to decode with (default: the one the checkpoint names)")
     add("--codec-dir", help="folder with EnCodec's weights")
@@ -161,10 +161,12 @@ def main():
         if prompt.shape[-1] == 0:
             raise DataError(f"{args.prompt}: holds {len(wave)} samples, less than one frame ({HOP} at 24 kHz)")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))               # so that unfinished files go, as with Ctrl-C
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):      # so that unfinished files go, as with Ctrl-C
+        if number and signal.getsignal(number) != signal.SIG_IGN:         # nohup has it ignored
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     n_frames = round(args.seconds * FRAME_RATE)
     generator = torch.Generator().manual_seed(args.seed)
-    parts = [] if live else [name.with_name(f".{name.stem}.part{name.suffix}") for name in names]
+    parts = [] if live else [name.with_name(f".{name.stem}.{os.getpid()}.part{name.suffix}") for name in names]
     start = time.time()
     with contextlib.ExitStack() as cleanup:
         for part in parts:

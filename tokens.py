@@ -118,7 +118,8 @@ class StreamEncoder:
 
     @torch.no_grad()
     def latents(self, wave):
-        """In place of `push`, for pieces of some seconds: what the codes are chosen for, (B, C, t)."""
+        """In place of `push`: the encoder's output before it is quantised, (B, C, t), for a piece of some seconds
+        (`push` cuts longer ones, to bound memory)."""
         encoder = self.codec.model.encoder
         if self.rest is None:
             self.rest = wave[:, :0]
@@ -260,7 +261,7 @@ def load_codec(name="mini", device="cpu", folder=None):
         raise CodecError(f"the bundled codec {path} is missing: restore it with `git checkout assets/mini.pt`")
     if not path.is_file():
         raise CodecError(f"no codec '{name}': use mini, encodec, or a file written by assets/train_codec.py")
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    checksum = _sha256(path)
     if name == "mini" and checksum != MINI_SHA256:
         raise CodecError(f"{path} is not the codec this version was made with (SHA-256 {checksum[:12]}…, expected "
                          f"{MINI_SHA256[:12]}…): restore it with `git checkout assets/mini.pt`")
@@ -278,12 +279,19 @@ def load_codec(name="mini", device="cpu", folder=None):
     return Codec(model, name if name == "mini" else path.stem, checksum[:16], device)
 
 
+def _sha256(path):
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CodecError(f"cannot read {path} ({error.strerror})") from error
+
+
 def _load_encodec(device, folder):
     """Meta's weights through the package: its download, cache and checksum, or a local folder."""
     where = Path(folder) / ENCODEC_FILE if folder else encodec.model.ROOT_URL + ENCODEC_FILE
     checksum = ENCODEC_FILE.split("-")[1].split(".")[0]       # verified by the package, but not for a cached download
     cached = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_FILE
-    if not folder and cached.is_file() and not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(checksum):
+    if not folder and cached.is_file() and not _sha256(cached).startswith(checksum):
         raise CodecError(f"the cached download {cached} is damaged: delete it and try again")
     try:
         with warnings.catch_warnings():

@@ -34,9 +34,11 @@ import torch.nn.functional as F
 from corpora import CORPORA, DISK_FULL
 from data import MEL, DataError, prepare
 from mel import WINDOW
-from model import (CODEBOOK_SIZE, DEPTH_EVERY, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
+from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
                    load_checkpoint, save, to_checkpoint, write_whole)
 from tokens import CodecError, load_codec
+
+DEPTH_EVERY = 8                      # a step learns the finer codes of every eighth frame: they cost most
 
 # what torchrun sets; a scheduler may set some of them for its own purposes
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()

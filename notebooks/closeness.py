@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import DataError, find_audio, read_audio, split_clips
+from data import DataError, find_audio, read_blocks, split_clips
 from experiments import commit, label, machine, write
 from mel import FRAME_RATE, HANN, SAMPLE_RATE, log_mel
 from model import CheckpointError
@@ -59,7 +59,7 @@ def recordings(dataset, seconds):
     splits = [], []
     for name, is_val in zip(names, split_clips(names, dataset)):
         try:
-            wave = torch.from_numpy(np.concatenate(list(read_audio(folder / name))))[:int(seconds * SAMPLE_RATE)]
+            wave = torch.from_numpy(next(read_blocks(folder / name, int(seconds * SAMPLE_RATE), silence=0)))
         except DataError:                                                        # `prepare` has named and skipped it
             continue
         if len(wave) > LAG * SAMPLE_RATE // FRAME_RATE * 2:
@@ -90,7 +90,7 @@ def main():
     parser.add_argument("--out", type=Path, help="(default: results/closeness-DATASET.json)")
     args = parser.parse_args()
 
-    if min(args.clips, args.seeds) < 1 or not LAG + 1 < args.seconds * FRAME_RATE < 1e6:
+    if min(args.clips, args.seeds) < 1 or not 2 * LAG < args.seconds * FRAME_RATE < 1e6:
         parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames")
     out = args.out or Path(__file__).parent.parent / "results" / f"closeness-{label(args.dataset)}.json"
     if out.is_dir() or not out.parent.is_dir():
@@ -101,19 +101,20 @@ def main():
         raise CodecError("the checkpoints were trained on codes of different codecs: compare those of one at a time")
     train, val = recordings(args.dataset, args.seconds)
     if not (train and val):
-        raise DataError(f"{args.dataset}: wants at least two clips of more than {2 * LAG} frames, in both splits")
+        raise DataError(f"{args.dataset}: wants a clip of more than {2 * LAG} frames in each split")
     copy = lambda waves, k: [codec.decode(codec.encode(wave[None], k))[0] for wave in waves]
-    targets = {"distance": statistics(val), "from_copy": statistics(copy(val, codec.n_codebooks))}
+    made_by = commit()
+    references = {"distance": statistics(val), "from_copy": statistics(copy(val, codec.n_codebooks))}
     rows = []
 
     def compare(name, sets, **facts):
-        row = {"what": name}
-        for target, real in targets.items():
+        row, cells = {"what": name}, [name]
+        for reference, real in references.items():
             by_seed = [round(frechet(statistics(waves), real), 2) for waves in sets]
-            row |= {target: round(np.mean(by_seed), 2), f"{target}_by_seed": by_seed}
+            row |= {reference: round(np.mean(by_seed), 2), f"{reference}_by_seed": by_seed}
+            cells.append(f"{np.mean(by_seed):.2f} ({' '.join(f'{d:.2f}' for d in by_seed)})")
         rows.append(row | facts)
-        print(f"| {name} | " + " | ".join(f"{row[target]:.2f} ({' '.join(f'{d:.2f}' for d in row[f'{target}_by_seed'])})"
-                                          for target in targets) + " |", flush=True)
+        print(f"| {' | '.join(cells)} |", flush=True)
 
     print(f"| {args.dataset}: distance (by seed) | from {len(val)} validation clips | from the codec's copy of them |\n"
           "|---|---|---|")
@@ -139,7 +140,7 @@ def main():
     command = f"python notebooks/closeness.py {' '.join(sys.argv[1:])}"
     write(out, {"command": command, "codec": codec.name, "codec_checksum": codec.checksum, "clips": args.clips,
                 "seconds": args.seconds, "seeds": args.seeds, "machine": machine(torch.get_num_threads()),
-                "torch": torch.__version__, "commit": commit(), "rows": rows})
+                "torch": torch.__version__, "commit": made_by, "rows": rows})
 
 
 if __name__ == "__main__":

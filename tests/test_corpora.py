@@ -54,6 +54,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start = 0
         if start >= len(body):
             return self.send_error(416)
+        if mood == "a page instead":
+            start, body = 0, b"back in a minute"
         if mood == "wrong bytes":
             body = body[:-1] + bytes([body[-1] ^ 1])
         self.send_response(206 if start else 200)
@@ -203,6 +205,14 @@ def test_a_server_without_ranges_sends_it_all_again(published, server):
     assert len(find_audio("librispeech-mini")[1]) == 24
 
 
+def test_a_page_that_comes_instead_of_the_rest_costs_nothing(published, server):
+    server.moods = ["cuts off"] + ["a page instead"] * 3
+    with pytest.raises(DataError, match="16 bytes came instead of the rest.* bytes are kept"):
+        find_audio("librispeech-mini")
+    assert len(find_audio("librispeech-mini")[1]) == 24
+    assert int(re.match(r"bytes=(\d+)-", server.ranges[-1])[1]) == len(server.files["dev-clean.tar.gz"]) // 2
+
+
 def test_a_whole_file_that_was_never_checked_is_not_fetched_again(published, server):
     published.mkdir()
     (published / "dev-clean.tar.gz").write_bytes(server.files["dev-clean.tar.gz"])
@@ -227,6 +237,16 @@ def test_a_link_to_a_copy_elsewhere_is_completed_there(published, server, tmp_pa
     (published / "LibriSpeech").symlink_to(tmp_path / "disk")
     assert len(find_audio("librispeech-mini")[1]) == 24
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["dev-clean"]
+
+
+@pytest.mark.parametrize("place", ["", "LibriSpeech"])
+def test_a_link_to_a_disk_that_is_not_mounted_is_found_before_the_download(published, server, tmp_path, place):
+    if place:
+        published.mkdir()
+    (published / place).symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match="is a link to .*unmounted, which is not there"):
+        fetch("librispeech-mini")
+    assert not server.ranges
 
 
 def test_an_archive_that_outlived_its_unpacking_goes(published, server):
@@ -272,6 +292,20 @@ def test_a_disk_that_fills_up_keeps_what_has_arrived(published, server, monkeypa
         with pytest.raises(DataError, match="no space left"):
             fetch("librispeech-mini")
     assert len(find_audio("librispeech-mini")[1]) == 24 and len(server.ranges) == 1
+
+
+@pytest.mark.parametrize("number, words", [(errno.EACCES, "no permission to use .*dev-clean"),
+                                           (errno.EFBIG, "files of this size cannot be kept in .*corpora")])
+def test_a_disk_is_not_taken_for_a_network(published, server, monkeypatch, number, words):
+    def closed(path, mode):
+        raise OSError(number, os.strerror(number), str(path))
+    monkeypatch.setattr(corpora, "_is_right", lambda *_: False)
+    monkeypatch.setattr(corpora, "alone", corpora.contextlib.nullcontext)         # opens a file, too
+    monkeypatch.setattr(corpora, "open", closed, raising=False)
+    published.mkdir()
+    with pytest.raises(DataError, match=words):
+        fetch("librispeech-mini")
+    assert len(server.ranges) == 1
 
 
 @pytest.mark.parametrize("after", [0.05, 0.3, 0.6])

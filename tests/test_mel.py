@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import mel
-from mel import (FLOOR, HANN, HOP, N_FFT, N_MELS, SAMPLE_RATE, WINDOW, StreamingLogMel, frame, hann_window, hz_to_mel,
-                 late_window, log_mel, mel_filterbank, mel_to_hz)
+from mel import (FLOOR, HANN, HOP, N_FFT, N_MELS, SAMPLE_RATE, WINDOW, StreamingLogMel, asymmetric_window, frame,
+                 hann_window, hz_to_mel, log_mel, mel_filterbank, mel_to_hz)
 
 REFERENCE = np.load(Path(__file__).with_name("mel_reference.npz"))
 
@@ -42,7 +42,7 @@ def pieces(wave, cuts):
 def test_log_mel_equals_torch_stft_of_the_same_frames(window):
     wave = random_wave(2, 20 * HOP + 17)
     padded = torch.cat([torch.zeros(2, N_FFT - HOP), wave], dim=-1)
-    weights = torch.hann_window(N_FFT, periodic=True) if window == HANN else late_window(N_FFT, *window)
+    weights = torch.hann_window(N_FFT, periodic=True) if window == HANN else asymmetric_window(N_FFT, *window)
     spectrum = torch.stft(padded, N_FFT, HOP, window=weights, center=False, return_complex=True)     # (2, 513, T)
     expected = (spectrum.abs().square().mT @ mel_filterbank()).clamp(min=FLOOR).log()
     assert log_mel(wave, window=window).shape == expected.shape == (2, 20, N_MELS)
@@ -74,7 +74,7 @@ def test_log_mel_is_a_fourier_transform_written_as_a_matrix_product():
     wave = random_wave(8 * HOP)
     k, n = torch.arange(N_FFT // 2 + 1).double()[:, None], torch.arange(N_FFT).double()
     angle = 2 * math.pi * k * n / N_FFT                                                             # (513, 1024)
-    windowed = frame(wave).double() * late_window(N_FFT, *WINDOW).double()
+    windowed = frame(wave).double() * asymmetric_window(N_FFT, *WINDOW).double()
     power = (windowed @ angle.cos().T).square() + (windowed @ angle.sin().T).square()
     expected = (power @ mel_filterbank().double()).clamp(min=FLOOR).log()
     assert (log_mel(wave) - expected).abs().max() < 1e-4
@@ -82,15 +82,17 @@ def test_log_mel_is_a_fourier_transform_written_as_a_matrix_product():
 
 def test_the_window_rises_slowly_and_falls_fast_and_is_hanns_if_it_does_both_for_as_long():
     rise, fall = WINDOW
-    window = late_window(N_FFT, rise, fall)
+    window = asymmetric_window(N_FFT, rise, fall)
     assert window.shape == (N_FFT,) and (window[:-rise - fall + 1] == 0).all() and window[-fall] == 1
     assert (window[-rise - fall:].diff()[:rise] > 0).all() and (window[-fall:].diff() < 0).all()
     assert window[-fall // 2] == pytest.approx(0.5) and window[-fall - rise // 2] == pytest.approx(0.5)
-    assert torch.equal(late_window(N_FFT, *HANN), hann_window(N_FFT))
+    assert torch.equal(asymmetric_window(N_FFT, *HANN), hann_window(N_FFT))
 
 
 def test_a_frame_hears_mostly_its_own_samples_and_with_hanns_window_hardly():
-    share = lambda w: (late_window(N_FFT, *w)[-HOP:].square().sum() / late_window(N_FFT, *w).square().sum()).item()
+    def share(window):
+        energy = asymmetric_window(N_FFT, *window).square()
+        return (energy[-HOP:].sum() / energy.sum()).item()
     assert share(WINDOW) > 0.9 and share(HANN) == pytest.approx(0.10, abs=0.01)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mel import HOP, log_mel
-from model import (IGNORE, PRESETS, START, Attention, Cache, CheckpointError, Config, HybridGPT, load_checkpoint,
+from model import (IGNORE, PRESETS, START, Attention, CheckpointError, Config, HybridGPT, KVCache, load_checkpoint,
                    rotary_angles, rotate, to_checkpoint)
 
 HYBRID = Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, context=16)
@@ -347,7 +347,7 @@ def test_mel_statistics_survive_a_checkpoint(tmp_path):
 
 @EACH
 def test_one_step_at_a_time_equals_the_whole_up_to_and_beyond_the_context(config):
-    model, (codes, mel, _), cache = make(config), inputs(4 * 16 + 3), Cache(16)
+    model, (codes, mel, _), cache = make(config), inputs(4 * 16 + 3), KVCache(16)
     whole = logits_of(model, codes, mel)
     with torch.no_grad():
         steps = [model.head(model.stack(codes[..., t:t + 1], mel[:, t:t + 1], cache)) for t in range(codes.shape[-1])]

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -307,12 +308,23 @@ def test_a_full_disk_behind_standard_output_is_one_clear_line(ckpt, tmp_path):
     assert done.returncode == 1 and done.stderr.strip().splitlines() == ["error: no space left where --out goes"]
 
 
-def test_a_run_that_is_terminated_leaves_no_unfinished_file(ckpt, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_terminated_leaves_no_unfinished_file(ckpt, tmp_path, number):
     process = subprocess.Popen([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu"], cwd=tmp_path)
     while not list(tmp_path.iterdir()):
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(timeout=60) == 143 and not list(tmp_path.iterdir())
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number and not list(tmp_path.iterdir())
+
+
+def test_two_runs_with_the_same_output_do_not_mix(run, ckpt, tmp_path):
+    other = subprocess.Popen([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu"], cwd=tmp_path)
+    while not list(tmp_path.iterdir()):
+        time.sleep(0.05)
+    assert run().code == 0 and len(list(tmp_path.iterdir())) == 2
+    assert len(soundfile.read(tmp_path / "sample.wav")[0]) == 30 * HOP
+    other.terminate()
+    assert other.wait(timeout=60) == 143 and [path.name for path in tmp_path.iterdir()] == ["sample.wav"]
 
 
 def test_prompt_and_output_may_be_the_same_file(run, tmp_path):

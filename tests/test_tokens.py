@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import threading
 from pathlib import Path
+from unittest import mock
 
 import encodec.model
 import pytest
@@ -288,6 +289,11 @@ def test_a_truncated_codec_file_is_refused(tiny_codec_file, tmp_path):
     for n in (0, 100, len(data) // 2, len(data) - 1):
         (tmp_path / "cut.pt").write_bytes(data[:n])
         assert "cut.pt" in refusal(lambda: load_codec(str(tmp_path / "cut.pt")))
+
+
+def test_a_codec_file_that_must_not_be_read_is_refused(tiny_codec_file, monkeypatch):
+    monkeypatch.setattr(Path, "read_bytes", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert f"cannot read {tiny_codec_file} (Permission denied)" in refusal(lambda: load_codec(str(tiny_codec_file)))
 
 
 def test_a_file_that_is_no_codec_is_refused(tiny_codec_file, tmp_path):

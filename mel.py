@@ -107,18 +107,18 @@ def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
     return F.pad(wave, (n_fft - hop - lookahead, lookahead)).unfold(-1, n_fft, hop)       # (..., T, n_fft)
 
 
-def mel_power(frames, n_mels=N_MELS, window=None):
+def mel_power(segments, n_mels=N_MELS, window=None):
     """Segments of samples to the power in each mel band: (..., T, n_fft) -> (..., T, n_mels).
 
     window: (rise, fall) as in `asymmetric_window`; None: the Hann window.
     """
-    if frames.numel() == 0:                    # some FFT libraries refuse an empty batch
-        return frames.new_zeros(*frames.shape[:-1], n_mels)
-    n_fft = frames.shape[-1]
-    weights, filterbank = _constants(n_fft, n_mels, tuple(window or (n_fft // 2, n_fft // 2)), frames.device)
-    at_once = 256 if frames.device.type == "cpu" else frames.shape[-2]        # what fits into a processor's cache
+    if segments.numel() == 0:                  # some FFT libraries refuse an empty batch
+        return segments.new_zeros(*segments.shape[:-1], n_mels)
+    n_fft = segments.shape[-1]
+    weights, filterbank = _constants(n_fft, n_mels, tuple(window or (n_fft // 2, n_fft // 2)), segments.device)
+    at_once = 256 if segments.device.type == "cpu" else segments.shape[-2]    # what fits into a processor's cache
     power = []
-    for some in frames.split(at_once, dim=-2):
+    for some in segments.split(at_once, dim=-2):
         spectrum = torch.fft.rfft(some * weights)                             # (..., t, n_fft // 2 + 1)
         power.append((spectrum.real.square() + spectrum.imag.square()) @ filterbank)
     return torch.cat(power, dim=-2)
@@ -149,15 +149,15 @@ def check_window(lookahead, window):
                          f"and their sum at most {N_FFT}")
 
 
-def _log_mel(frames, lookahead, window):
+def _log_mel(segments, lookahead, window):
     """Segments of samples (..., T, 1024) -> (..., T, 80).
 
     A negative lookahead drops samples in front and appends zeros: the window ends past the frame, and hears nothing
     there.
     """
     if lookahead < 0:
-        frames = F.pad(frames[..., -lookahead:], (0, -lookahead))
-    return mel_power(frames, window=window).clamp(min=FLOOR).log()
+        segments = F.pad(segments[..., -lookahead:], (0, -lookahead))
+    return mel_power(segments, window=window).clamp(min=FLOOR).log()
 
 
 class StreamingLogMel:

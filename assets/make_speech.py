@@ -6,8 +6,8 @@ A miniature speech corpus: sentences from a small grammar, read aloud by free te
     python assets/make_speech.py --more 561 --out corpora/large/speech        # 561 clips more to train on
 
 Every clip is one voice speaking a short passage on one topic. No sentence occurs twice anywhere. The last
-two words of every list and the last template of every topic are kept for validation, so val is not only a
-reshuffle of train. The same seed gives the same audio (only the stream number in the Ogg header may differ).
+two words of every list (but "bucket", which is in two) and the last template of every topic are kept for
+validation, so val is not only a reshuffle of train. The same seed gives the same audio (only the stream number in the Ogg header may differ).
 
 Licences, as stated in /usr/share/doc/<package>/copyright:
     flite (engine; voices rms, awb, kal16, slt)   CMU, BSD-like: use, copy, modify, distribute, sell freely
@@ -300,7 +300,9 @@ def speak(voice, speed, texts, folder):
                     + [f'(utt.save.wave (utt.synth (Utterance Text "{text}")) "{path}")'
                        for text, path in zip(texts, paths)]]
     for command in commands:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{engine} cannot speak as {name} ({done.stderr.strip()}): apt-get install {PACKAGES[engine]}")
     return [sf.read(path, dtype="float32") for path in paths]
 
 
@@ -334,7 +336,7 @@ def render(clip, folder):
 def main():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description="render the miniature speech corpus")
-    parser.add_argument("--out", default=os.path.join(here, "speech"), help="folder to write (replaced)")
+    parser.add_argument("--out", default=os.path.join(here, "speech"), help="folder whose train/ and val/ are replaced (default: %(default)s)")
     parser.add_argument("--more", type=int, default=0, help="further training clips (default: none)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -361,8 +363,10 @@ def main():
             print(f"{split}: {len(clips)} clips of {min(lengths):.1f} to {max(lengths):.1f} s, "
                   f"{sum(lengths) / 60:.1f} minutes, {sum(len(clip[-1]) for clip in clips)} sentences, "
                   f"{len({clip[1] for clip in clips})} voices, {size:,} bytes")
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(os.path.join(temp, "speech"), out)
+        os.makedirs(out, exist_ok=True)
+        for split in plans:
+            shutil.rmtree(os.path.join(out, split), ignore_errors=True)
+            os.replace(os.path.join(temp, "speech", split), os.path.join(out, split))
 
 
 if __name__ == "__main__":

@@ -115,7 +115,10 @@ def main():
     parser.add_argument("--clips", type=int, default=40, help="at most so many of each folder, evenly spread")
     parser.add_argument("--seconds", type=float, default=10, help="at most so much of each clip")
     args = parser.parse_args()
+    if args.clips < 1 or not args.seconds * SAMPLE_RATE >= HOP:
+        parser.error("--clips must be at least 1, --seconds at least one frame")
     warnings.filterwarnings("ignore", module="pystoi")
+    music = {Path(folder).resolve() for folder in args.music}
 
     codec = load_codec(args.codec)
     timing = cost(codec)
@@ -124,7 +127,7 @@ def main():
         pick = np.linspace(0, len(waves) - 1, min(args.clips, len(waves))).round().astype(int)
         waves = [waves[i][:int(args.seconds * SAMPLE_RATE)] for i in pick]
         waves = [w[:len(w) // HOP * HOP].astype(np.float32) / 32768 for w in waves]
-        means, usage = measure(codec, waves, folder not in args.music)
+        means, usage = measure(codec, waves, Path(folder).resolve() not in music)
         print(f"\n{folder}, {len(waves)} clips, {sum(map(len, waves)) / SAMPLE_RATE:.0f} seconds\n")
         names = list(means["Opus"])
         print(f"| | kbit/s | {' | '.join(names)} | perplexity of codebooks |\n|---|---|{'---|' * len(names)}---|")

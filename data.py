@@ -353,7 +353,7 @@ def _join(home, dataset, name, names, made_with, problems):
         if n_frames < 10:
             raise DataError(f"dataset '{name}' holds {n_frames} frames in one file: too few to train and validate on")
         print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
-        cut = n_frames - max(1, n_frames // 10)
+        cut = n_frames - n_frames // 10
         clips, used, is_val = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True]
     # of each file, how many frames train: all or none; of an only one the first nine tenths
     n_train = [(end - start) * (not val) for (start, end), val in zip(clips.tolist(), is_val)]

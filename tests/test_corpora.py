@@ -192,6 +192,12 @@ def test_a_bad_connection_is_made_anew_and_goes_on_where_it_was(published, serve
         assert first == len(server.files["dev-clean.tar.gz"]) // 2 and second > first
 
 
+@pytest.mark.parametrize("code", [408, 429, 500])
+def test_a_busy_server_is_asked_again(published, server, code):
+    server.moods = [code]
+    assert len(find_audio("librispeech-mini")[1]) == 24 and len(server.ranges) == 2
+
+
 def test_an_interrupted_download_goes_on_in_the_next_call(published, server):
     server.moods = ["cuts off"] + [503] * 3
     with pytest.raises(DataError, match=r"brought nothing \(503 .* bytes are kept"):
@@ -284,6 +290,15 @@ def test_a_disk_that_is_too_small_is_found_before_the_download(published, server
         fetch("librispeech-mini")
 
 
+def test_there_must_be_room_for_the_archive_and_what_is_in_it(published, server, monkeypatch):
+    usage, size = corpora.shutil.disk_usage, len(server.files["dev-clean.tar.gz"])
+    monkeypatch.setattr(corpora.shutil, "disk_usage", lambda path: usage(path)._replace(free=2 * size - 1))
+    with pytest.raises(DataError, match="has not the .* GB of free space"):
+        fetch("librispeech-mini")
+    monkeypatch.setattr(corpora.shutil, "disk_usage", lambda path: usage(path)._replace(free=2 * size))
+    assert fetch("librispeech-mini")
+
+
 def test_a_disk_that_fills_up_keeps_what_has_arrived(published, server, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -295,6 +310,7 @@ def test_a_disk_that_fills_up_keeps_what_has_arrived(published, server, monkeypa
 
 
 @pytest.mark.parametrize("number, words", [(errno.EACCES, "no permission to use .*dev-clean"),
+                                           (errno.ENOSPC, "no space left in .*corpora"),
                                            (errno.EFBIG, "files of this size cannot be kept in .*corpora")])
 def test_a_disk_is_not_taken_for_a_network(published, server, monkeypatch, number, words):
     def closed(path, mode):

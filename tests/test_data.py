@@ -3,10 +3,12 @@ python -m pytest tests/test_data.py
 
 Preparing a dataset, splitting it, and cutting batches from it.
 """
+import contextlib
 import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ import torch
 import corpora
 import data
 from data import IGNORE, START, DataError, Dataset, prepare, read_audio, split_clips
-from mel import HOP, SAMPLE_RATE, log_mel
+from mel import HANN, HOP, SAMPLE_RATE, log_mel
 
 
 def noise(seconds, rate=SAMPLE_RATE, channels=1, seed=0):
@@ -345,7 +347,11 @@ def test_touching_or_adding_a_file_or_another_codec_makes_another_cache(tmp_path
     keys.append(prepare(folder, tiny_codec, cache, quiet=True).key)
     soundfile.write(folder / "z.wav", noise(0.5), SAMPLE_RATE)
     keys.append(prepare(folder, tiny_codec, cache, quiet=True).key)
-    assert len(set(keys)) == 4
+    keys.append(prepare(folder, tiny_codec, cache, quiet=True, window=HANN).key)
+    soundfile.write(folder / "a.wav", noise(0.7), SAMPLE_RATE)
+    os.utime(folder / "a.wav", ns=(1, 1))                     # the time it had: it is its size that tells
+    keys.append(prepare(folder, tiny_codec, cache, quiet=True).key)
+    assert len(set(keys)) == 6
     assert caches(cache) == sorted(keys)
 
 
@@ -665,3 +671,91 @@ def test_a_hundred_hours_take_no_more_memory_than_their_batches(tmp_path):
     for step in range(200):                                                        # 144 MB pass by
         dataset.batch(0, step, 16, 256)
     assert resident() - before < 30e6
+
+
+# ----------------------------------------------------------------------------- what could go wrong unnoticed
+
+def test_a_clip_is_on_the_disk_before_it_has_its_name(tmp_path, tiny_codec, monkeypatch):
+    synced, fsync, rename = set(), os.fsync, os.replace
+
+    def sync(file):
+        synced.add((os.fstat(file).st_ino, os.fstat(file).st_size))
+        fsync(file)
+
+    def replace(source, target):
+        about = os.stat(source)
+        assert Path(target).suffix != ".clip" or (about.st_ino, about.st_size) in synced
+        rename(source, target)
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    folder = clips(tmp_path / "in", seconds=0.1)              # so short that all of it fits into the file's buffer
+    assert prepare(folder, tiny_codec, tmp_path / "cache", quiet=True) and len(synced) == 4
+
+
+def test_who_waited_for_another_process_encodes_nothing(tmp_path, tiny_codec, monkeypatch):
+    folder, cache, alone = clips(tmp_path / "in"), tmp_path / "cache", data.alone
+
+    @contextlib.contextmanager
+    def after_another(place):
+        monkeypatch.setattr(data, "alone", alone)
+        prepare(folder, tiny_codec, cache, quiet=True)        # by another process, while this one waits
+        with alone(place):
+            yield
+
+    def encoder():
+        raise AssertionError("encoded again")
+    monkeypatch.setattr(data, "alone", after_another)
+    assert len(prepare(folder, codec_whose_encoder(tiny_codec, encoder), cache, quiet=True).train) > 0
+
+
+def test_an_unclear_split_is_found_before_encoding(tmp_path, tiny_codec):
+    for side in ("train", "val", "test"):
+        clips(tmp_path / "in" / side, n=2)
+    with pytest.raises(DataError, match="beside train/ and val/ the dataset holds test"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_statistics_of_one_long_file_leave_out_what_validates(tmp_path, tiny_codec, monkeypatch):
+    fromfile = np.fromfile                                    # 100 rows at once, where it reads 100,000
+    monkeypatch.setattr(np, "fromfile", lambda file, dtype=float, count=-1, **more: fromfile(
+        file, dtype, 100 if count == 100_000 else count, **more))
+    dataset = prepare(clips(tmp_path / "in", n=1, seconds=4.0), tiny_codec, tmp_path / "cache", quiet=True)
+    np.testing.assert_allclose(dataset.mel_statistics[0], dataset.mel[:270].astype(np.float64).mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("frames", [9, 12])
+def test_one_file_needs_ten_frames_of_which_the_last_validates(tmp_path, tiny_codec, frames):
+    clips(tmp_path / "in", n=0)
+    soundfile.write(tmp_path / "in" / "a.wav", noise(1.0)[:frames * HOP], SAMPLE_RATE)
+    if frames < 10:
+        with pytest.raises(DataError, match="holds 9 frames in one file: too few"):
+            prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    else:
+        assert prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True).val.tolist() == [[11, 12]]
+
+
+def test_audio_is_known_by_its_ending_and_a_link_that_leads_nowhere_is_none(tmp_path, monkeypatch):
+    clips(tmp_path / "in", n=1)
+    for name in ("b.opus", "c.oga", "d.aif", "e.m4a"):
+        shutil.copy(tmp_path / "in" / "a.wav", tmp_path / "in" / name)
+    (tmp_path / "in" / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ["a.wav", "b.opus", "c.oga", "d.aif"]
+    assert data.find_audio("~/in", tmp_path / "cache") == (tmp_path / "in", names)
+
+
+def test_other_lengths_of_clips_are_other_audio(tmp_path):
+    one, two = (numbered(tmp_path / name, lengths, [False, True])
+                for name, lengths in (("a", [30, 20]), ("b", [29, 21])))
+    assert one.audio != two.audio and one.audio == Dataset(one.home).audio
+
+
+@pytest.mark.parametrize("rows, val", [([[0, 30], [30, 51]], [False, True]), ([[0, 30], [30, 50]], [False, False]),
+                                       ([[0, 30], [30, 50]], [True, True])])
+def test_a_list_of_clips_that_does_not_fit_is_refused(tmp_path, rows, val):
+    home = numbered(tmp_path / "home", [30, 20], [False, True]).home
+    np.save(home / "clips.npy", np.array(rows))
+    (home / "meta.json").write_text(json.dumps({"clips": [{"name": str(i), "val": v} for i, v in enumerate(val)]}))
+    with pytest.raises(DataError, match="do not fit together"):
+        Dataset(home)

@@ -275,3 +275,8 @@ def test_streaming_for_an_hour_remembers_no_more_than_a_window():
     for n in (1, 5000, 319, 24_000, 7):
         stream.push(random_wave(2, n))
         assert stream.tail.shape[-1] < N_FFT
+
+
+def test_streaming_keeps_to_its_window():
+    wave = random_wave(10 * HOP)
+    assert (StreamingLogMel(window=HANN).push(wave) - log_mel(wave, window=HANN)).abs().max() < 1e-5

@@ -3,15 +3,19 @@ python -m pytest tests/test_model.py
 
 The model: its size, its loss, what each prediction may depend on, its cache, its checkpoints.
 """
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 
 from mel import HOP, log_mel
 from model import (IGNORE, PRESETS, START, Attention, CheckpointError, Config, HybridGPT, KVCache, load_checkpoint,
-                   rotary_angles, rotate, to_checkpoint)
+                   rotary_angles, rotate, to_checkpoint, write_whole)
+from tokens import load_codec
 
 HYBRID = Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, context=16)
 TOKENS, MEL = replace(HYBRID, use_mel=False), replace(HYBRID, use_codes=False)
@@ -111,6 +115,40 @@ def test_every_parameter_gets_a_gradient(config):
     model = make(config)
     model(*inputs(12))[1].sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    for name, p in model.named_parameters():
+        if name in ("finer_embedding", "depth_embedding", "depth_head"):          # each codebook has its own
+            assert (p.grad.flatten(1).abs().sum(1) > 0).all(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, coarse, finer", [("nano-speech", 3.160, 4.964), ("nano-gpt-speech", 3.523, 5.085)])
+def test_a_shipped_model_predicts_a_clip_as_well_as_it_always_did(name, coarse, finer):
+    """Nothing in the network may change unnoticed: its weights would still load, and predict worse."""
+    assets = Path(__file__).parent.parent / "assets"
+    model, codec = load_checkpoint(assets / f"{name}.pt")[0], load_codec("mini")
+    clip = sorted((assets / "speech" / "val").glob("*.ogg"))[0]
+    targets = codec.encode(torch.from_numpy(soundfile.read(clip, dtype="float32")[0])[None, :256 * HOP])  # (1, 8, 256)
+    codes, mel = targets.roll(1, dims=-1), log_mel(codec.decode(targets)).roll(1, dims=1)
+    codes[:, 0, 0] = START
+    losses = model(codes, mel, targets)[1]
+    assert losses[0].item() == pytest.approx(coarse, abs=0.02)
+    assert losses[1:].mean().item() == pytest.approx(finer, abs=0.02)
+
+
+def test_what_is_added_to_the_stream_begins_the_smaller_the_deeper_the_stack():
+    model = HybridGPT(replace(HYBRID, n_layer=8))
+    for block in [*model.blocks, *model.mel_blocks]:
+        for layer in (block.attention.proj, block.proj):
+            assert layer.weight.std().item() == pytest.approx(0.02 / 4, rel=0.15)
+
+
+@torch.no_grad()
+def test_the_mlps_have_dropout_too():
+    model, (codes, mel, _) = make(replace(HYBRID, dropout=0.5)).train(), inputs(12)
+    for name, p in model.named_parameters():
+        if name.endswith("attention.proj.weight"):
+            p.zero_()                                         # what is left is dropped by the MLPs
+    assert not torch.equal(model(codes, mel)[0], model(codes, mel)[0])
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation():
@@ -465,3 +503,10 @@ def test_a_size_of_nothing_is_refused(field):
     for size in (0, -4):
         with pytest.raises(ValueError, match="at least 1"):
             HybridGPT(replace(PRESETS["nano"], **{field: size}))
+
+
+def test_what_is_synced_is_the_whole_file(tmp_path, monkeypatch):
+    sizes, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), fsync(file)))
+    write_whole(tmp_path / "a", b"a line")
+    assert sizes == [6] and (tmp_path / "a").read_bytes() == b"a line"

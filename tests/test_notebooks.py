@@ -3,6 +3,7 @@ python -m pytest tests/test_notebooks.py
 
 Every notebook runs from its first cell to its last, and the scripts beside them count correctly.
 """
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
 import closeness                                                       # noqa: E402
 import experiments                                                     # noqa: E402
+from mel import HANN, log_mel                                          # noqa: E402
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
@@ -185,3 +187,81 @@ def test_an_experiments_list_stays_on_a_line(tmp_path):
     experiments.write(tmp_path / "a.json", {"a": 1, "clip_nll": [1.5, 2.25], "scores": {"0": {"clips": [3, 4]}}})
     assert '"clip_nll": [ 1.5, 2.25 ]' in (tmp_path / "a.json").read_text()
     assert experiments.json.loads((tmp_path / "a.json").read_text())["scores"]["0"]["clips"] == [3, 4]
+
+
+def test_scores_are_filed_under_the_mel_that_was_shown(tmp_path, monkeypatch):
+    name, asked = "speech-coarse-lr6e-3-seed0", []
+    for folder in ("RESULTS", "RUNS"):
+        monkeypatch.setattr(experiments, folder, tmp_path)
+    (tmp_path / f"{name}.pt").touch()
+    (tmp_path / f"{name}.json").write_text(json.dumps({"scores": {"0": {"val_nll": 1}}}))
+
+    def run(words, **_):
+        asked.append(words[words.index("--mel-codebooks") + 1])
+        return SimpleNamespace(stdout=json.dumps({"val_nll": 10 + int(asked[-1]), "clip_nll": [], "clip_targets": []}))
+    monkeypatch.setattr(experiments.subprocess, "run", run)
+    experiments.score("speech", "coarse", "6e-3", 0)
+    scores = json.loads((tmp_path / f"{name}.json").read_text())["scores"]
+    assert asked == ["1", "8"] and {k: s["val_nll"] for k, s in scores.items()} == {"0": 1, "1": 11, "8": 18}
+
+
+def test_a_result_of_another_codec_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    write_result(tmp_path, "6e-3", 0, 4.0)
+    assert experiments.best_runs("speech", "coarse")
+    monkeypatch.setattr(experiments, "MINI_SHA256", "0" * 64)
+    assert experiments.best_runs("speech", "coarse") == []
+
+
+def test_what_a_model_is_trained_on():
+    on = {"nano": "8", "nano-gpt": "0", "nano-noise": "8", "coarse": "0", "coarse-gpt": "0", "coarse-heard": "8",
+          "coarse-latents1": "1", "hybrid": "0", "hybrid-heard": "8"}
+    assert {model: experiments.trained_on(model) for model in on} == on
+
+
+def test_rates_are_searched_where_asked_and_fit_the_width(monkeypatch, tmp_path):
+    ran = []
+
+    def run(dataset, model, lr, seed, device):
+        ran.append((dataset, model, lr, seed))
+        return {"best": {"val_nll": abs(float(lr) - 6e-3)}}
+    monkeypatch.setattr(experiments, "run", run)
+    monkeypatch.setattr(experiments, "score", lambda *_: None)
+    for folder in ("RESULTS", "RUNS"):
+        monkeypatch.setattr(experiments, folder, tmp_path)
+    monkeypatch.setattr(sys, "argv", "experiments.py speech --search music --only size --seeds 2".split())
+    experiments.main()
+    assert {d for d, *_ in ran[:8]} == {"music"}
+    assert sorted(ran[8:]) == sorted(("speech", f"{model}-width{n}", lr, 0) for model in ("coarse", "coarse-gpt")
+                                     for n, lr in ((64, "0.012"), (192, "0.004")))
+
+
+def test_the_best_evaluation_counts_not_the_last(tmp_path, monkeypatch):
+    name = "speech-coarse-lr6e-3-seed0"
+    (tmp_path / f"{name}.jsonl").write_text("\n".join([
+        '{"codec": "mini", "codec_checksum": "0", "torch": "2", "args": {"dtype": "float32"}}',
+        *(json.dumps({"step": step, "val_nll": nll, "seconds": 1.0, "clip_nll": [nll], "clip_targets": [9]})
+          for step, nll in ((0, 7.0), (100, 4.0), (200, 5.0)))]))
+
+    def run(words, **_):
+        (tmp_path / f"{name}.last.pt").touch()
+        return SimpleNamespace(returncode=0, stdout="")
+    monkeypatch.setattr(experiments.subprocess, "run", run)
+    for folder in ("RESULTS", "RUNS"):
+        monkeypatch.setattr(experiments, folder, tmp_path)
+    result = experiments.run("speech", "coarse", "6e-3", 0)
+    assert result["best"]["step"] == 100 and result["scores"]["0"]["clip_nll"] == [4.0]
+    assert result["curve"] == [[0, 7.0], [100, 4.0], [200, 5.0]]
+
+
+def test_the_bootstrap_weighs_clips_by_their_targets():
+    assert experiments.bootstrap(np.full((3, 8), 0.25), np.arange(1, 9)) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_closeness_hears_log_mel_and_its_change():
+    wave, lag = 0.1 * torch.randn(24_000), closeness.LAG
+    mel = log_mel(wave, window=HANN).double()
+    mean, covariance = closeness.statistics([wave])
+    vectors = torch.cat([mel[:-lag], mel[lag:] - mel[:-lag]], dim=1)
+    torch.testing.assert_close(mean, vectors.mean(0))
+    torch.testing.assert_close(covariance, torch.cov(vectors.T))

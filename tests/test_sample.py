@@ -28,7 +28,7 @@ from bench_sample import recompute
 from mel import HOP, log_mel
 from model import START, Config, HybridGPT
 from sample import draw, generate
-from tokens import load_codec
+from tokens import StreamDecoder, load_codec
 
 SCRIPT = Path(sample.__file__).absolute()
 
@@ -109,6 +109,7 @@ def test_top_p_draws_the_smallest_set_that_holds_p_and_nothing_else():
     assert set(draw(rows, top_p=0.7).tolist()) == {7, 100}
     assert set(draw(rows, top_p=0.9).tolist()) == {7, 100, 3}
     assert set(draw(rows, top_p=1.0).tolist()) == {7, 100, 3, 900}
+    assert set(draw(rows, temperature=0.4, top_p=0.7).tolist()) == {7}            # the temperature comes first
     share = (draw(rows, top_p=0.7) == 7).float().mean()       # renormalised: 0.5 / 0.8
     assert abs(share - 0.625) < 0.04
 
@@ -148,6 +149,9 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3)
+        model.head.weight.mul_(10)                            # or no draw would depend on what is heard
+    frames = log_mel(tiny_codec.decode(torch.randint(1024, (1, K, 300))))[0]
+    model.set_mel_statistics(frames.mean(0), torch.cov(frames.T))
     prompt = torch.randint(1024, (1, K, n_prompt)) if n_prompt else None
     frames = list(generate(model, tiny_codec, 40, num=2, prompt=prompt, generator=torch.Generator().manual_seed(1)))
     codes, wave = (torch.cat(parts, dim=-1) for parts in zip(*frames))
@@ -272,6 +276,8 @@ def test_a_folder_in_the_place_of_the_output_is_refused_before_any_work(run, tmp
     (tmp_path / "sample.wav").mkdir()
     with mock.patch.object(HybridGPT, "finer_logits", side_effect=AssertionError):
         assert_refused(run(), "cannot write sample.wav")
+        (tmp_path / "sample.wav").rename(tmp_path / "sample-2.wav")
+        assert_refused(run("--num", 2), "cannot write sample.wav")
 
 
 def test_silence_can_be_continued(run, tmp_path):
@@ -408,16 +414,58 @@ def test_a_prompt_that_cannot_be_used_is_one_clear_line(run, tmp_path):
 def test_closeness_is_measured_from_the_clips_and_from_what_the_codec_makes_of_them(ckpt, tmp_path, monkeypatch):
     script, out = SCRIPT.parent / "notebooks" / "closeness.py", tmp_path / "found.json"
     monkeypatch.syspath_prepend(script.parent)                # as Python does for a script that is called
+    monkeypatch.setattr(sample, "draw", mock.Mock(side_effect=draw))
     done = run_script(tmp_path, script, ckpt.parent / "clips", ckpt, "--clips", 2, "--seconds", 1, "--seeds", 2,
-                      "--temperature", "1:1", "--out", out)
+                      "--temperature", "0.9:0.5", "--out", out)
     assert done.code == 0, done.err
     found = json.loads(out.read_text())
     rows = {row["what"]: row for row in found["rows"]}
     copy = rows["validation clips, 8 codebooks decoded"]
     assert copy["from_copy"] == pytest.approx(0, abs=0.01) and copy["distance"] > 1
     assert rows["training clips"]["distance"] < copy["distance"]
-    generated = rows["out, temperature 1, finer codes 1"]
+    generated = rows["out, temperature 0.9, finer codes 0.5"]
+    assert [call.args[1] for call in sample.draw.call_args_list[:8]] == [0.9] + [0.5] * 7
     assert len(set(generated["from_copy_by_seed"])) == 2 and generated["n_codebooks"] == 8
-    assert rows["out, temperature 1, finer codes 1, only the coarse code decoded"]["n_codebooks"] == 1
+    coarse = rows["out, temperature 0.9, finer codes 0.5, only the coarse code decoded"]
+    assert coarse["n_codebooks"] == 1 and coarse["distance"] != generated["distance"]
     assert found["commit"] and found["codec_checksum"]
     assert found["rows"][-1]["what"] in done.out
+
+
+def test_closeness_compares_the_first_seconds_of_each_clip_by_split(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent / "notebooks")
+    import closeness
+    for side, n in (("train", 3), ("val", 2)):
+        (tmp_path / "in" / side).mkdir(parents=True)
+        for i in range(n):
+            soundfile.write(tmp_path / "in" / side / f"{i}.wav", noise(1.0 + i, seed=i), 24_000)
+    train, val = closeness.recordings(tmp_path / "in", 1.5)
+    assert [*map(len, train)] == [24_000, 36_000, 36_000] and [*map(len, val)] == [24_000, 36_000]
+
+
+def test_closeness_refuses_checkpoints_of_different_codecs(ckpt, tmp_path, monkeypatch, tiny_codec_file):
+    saved = torch.load(tiny_codec_file, weights_only=True)
+    saved["weights"] = {key: value * 1.5 for key, value in saved["weights"].items()}
+    torch.save(saved, tmp_path / "other.pt")
+    other = {"codec": str(tmp_path / "other.pt"), "codec_checksum": load_codec(tmp_path / "other.pt").checksum}
+    torch.save(torch.load(ckpt, weights_only=True) | other, tmp_path / "b.pt")
+    script = SCRIPT.parent / "notebooks" / "closeness.py"
+    monkeypatch.syspath_prepend(script.parent)
+    done = run_script(tmp_path, script, ckpt.parent / "clips", ckpt, tmp_path / "b.pt", "--out", tmp_path / "found.json")
+    assert_refused(done, "codes of different codecs")
+
+
+def test_the_script_passes_its_options_on(run, tmp_path):
+    for out, options in (("a", ["--temperature", 0]), ("b", ["--top-k", 1]), ("c", ["--top-p", 1e-9]),
+                         ("d", ["--finer-temperature", 0]), ("e", ["--finer-temperature", 1])):
+        assert run(*options, "--out", f"{out}.wav").code == 0
+    a, b, c, d, e = ((tmp_path / f"{x}.wav").read_bytes() for x in "abcde")
+    assert a == b == c and d != e
+
+
+def test_what_is_too_loud_is_cut_off(run, tmp_path):
+    levels, push = iter([1.5, -1.5] * 15), StreamDecoder.push
+    with mock.patch.object(StreamDecoder, "push", lambda self, codes: push(self, codes) * 0 + next(levels)):
+        assert run().code == 0
+    wave, _ = soundfile.read(tmp_path / "sample.wav", dtype="int16")
+    assert set(wave[:HOP]) == {32767} and set(wave[HOP:2 * HOP]) == {-32767}

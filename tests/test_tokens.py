@@ -208,6 +208,15 @@ def test_fewer_codebooks_are_the_first_of_all(pair):
     assert not torch.equal(codec.decode(codes[:, :1]), codec.decode(codes))
 
 
+def test_fewer_codebooks_decode_as_the_package_decodes_them(pair):
+    codec, package = pair
+    wave, n = random_wave(10 * HOP), codec.silence_frames
+    [(codes, _)] = package.encode(torch.cat([torch.zeros(1, n * HOP), wave], dim=-1)[:, None])
+    for k in (1, 2, codec.n_codebooks):
+        again = package.decode([(codes[:, :k], None)])[:, 0, n * HOP:]
+        assert (codec.decode(codes[:, :k, n:]) - again).abs().max() < min(1e-5, 1e-3 * again.std())
+
+
 @pytest.mark.parametrize("n", [0, 1, 319, 320, 321, 2000])
 def test_samples_after_the_last_whole_frame_are_dropped(tiny_codec, n):
     wave = random_wave(n, batch=2)
@@ -393,6 +402,10 @@ def test_a_cached_file_damaged_since_is_refused(meta, stand_in, tmp_path):
     assert stand_in.name in refusal(lambda: load_codec("encodec"))
     torch.save({"weight": torch.zeros(1)}, cached)         # readable, but another network's
     assert stand_in.name in refusal(lambda: load_codec("encodec"))
+    content = bytearray(stand_in.read_bytes())
+    content[len(content) // 2] ^= 1                        # one weight is another
+    cached.write_bytes(content)
+    assert f"{cached} is damaged" in refusal(lambda: load_codec("encodec"))
 
 
 def test_encodec_without_a_network_names_the_address_and_the_option(meta, stand_in):
@@ -437,3 +450,7 @@ def test_each_doubling_of_minis_codebooks_brings_the_audio_closer(view):
     codes = codec.encode(wave)
     distances = [(view(codec.decode(codes[:, :k])) - view(wave)).abs().mean().item() for k in (1, 2, 4, 8)]
     assert distances == sorted(distances, reverse=True), distances
+
+
+def test_a_folder_of_weights_goes_with_encodec_alone(tmp_path):
+    assert "goes with codec encodec" in refusal(lambda: load_codec("mini", folder=tmp_path))

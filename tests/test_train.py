@@ -31,7 +31,7 @@ import corpora
 import data
 import tokens
 import train
-from model import HybridGPT, load_checkpoint, save
+from model import IGNORE, HybridGPT, load_checkpoint, save
 from tokens import load_codec
 
 SCRIPT = Path(train.__file__).absolute()
@@ -729,6 +729,8 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--n-codebooks", 1, "--lookahead", 705], ["lookahead is 705", "704"]),
     (["--window", 0, 64], ["rises for 0", "1024"]),
     (["--eval", ""], ["--eval wants a checkpoint"]),
+    (["--eval-every", 0], ["--eval-every"]),
+    (["--accumulate", 0], ["--accumulate"]),
     (["--eval", "out.pt"], ["--eval", "--context has no place"]),
     (["--n-codebooks", 1_000_000], ["8 codebooks", "not 1000000"]),
     (["--set", "n_mels=40"], ["n_mels is fixed"]),
@@ -823,3 +825,99 @@ def test_two_processes_train_in_parts_as_one_does_at_once(own_clips, tiny_codec_
     one, two = ([entry.get("val_nll", entry.get("loss")) for entry in log[1:]] for log in logs)
     assert len(one) == 4 and one == pytest.approx(two, abs=1e-4)
     assert one[0] - one[1] > 0.01                             # and not because nothing moves
+
+
+def test_only_matrices_decay_and_dropout_is_as_asked(trained):
+    model, checkpoint = load_checkpoint(trained / "out.last.pt")
+    decayed, others = checkpoint["optimizer"]["param_groups"]
+    names = [name for name, _ in model.named_parameters()]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert len(others["params"]) == len([n for n in names if "embedding" in n]) == 2
+    assert len(decayed["params"]) == len(names) - 2
+    assert decayed["lr"] == others["lr"] == pytest.approx(1.2e-2 * 4 / 30)
+    assert checkpoint["config"]["dropout"] == 0.1
+
+
+def test_gradients_are_clipped(run, tmp_path):
+    """AdamW does not mind how large gradients are, unless they vanish beside its epsilon."""
+    assert run(tmp_path, "--clip", 1e-12, "--weight-decay", 0).code == 0
+    first, *_, last = evaluations(tmp_path / "out.jsonl")
+    assert last["val_nll"] == pytest.approx(first["val_nll"], abs=1e-3)
+
+
+def test_a_worse_model_does_not_replace_the_best(run, tmp_path):
+    assert run(tmp_path, "--lr", 3, "--warmup", 0).code == 0
+    nll = [entry["val_nll"] for entry in evaluations(tmp_path / "out.jsonl")]
+    assert nll[0] == min(nll) < nll[1] and load_checkpoint(tmp_path / "out.pt")[1]["step"] == 0
+
+
+def test_a_worse_model_does_not_replace_the_best_after_resuming_either(run, trained, tmp_path):
+    last = torch.load(trained / "out.last.pt", weights_only=True)
+    save(tmp_path / "out.last.pt", last | {"best": last["best"] - 1})
+    (tmp_path / "out.pt").write_text("the best so far")
+    assert run(tmp_path, "--resume", small=False).code == 0
+    assert (tmp_path / "out.pt").read_text() == "the best so far"
+
+
+@torch.no_grad()
+def test_accuracy_and_finer_nll_are_the_models(run, trained):
+    model, checkpoint = load_checkpoint(trained / "out.pt")
+    dataset = data.Dataset(run.cache / checkpoint["data_key"])
+    figures, _, counts = train.evaluate(model, dataset, 2)
+    hits, finer = 0, torch.zeros(7)
+    for codes, mel, targets, _ in dataset.validation(32, 1):
+        logits, losses = model(codes, mel, targets)
+        hits += (logits.argmax(-1) == targets[:, 0]).sum().item()
+        finer += losses[1:] * (targets[:, 0] != IGNORE).sum()
+    assert figures["val_acc"] == hits / counts.sum() > 0
+    assert figures["val_nll_finer"] == pytest.approx((finer / counts.sum()).tolist(), abs=1e-3)
+
+
+def test_a_signal_does_not_save_what_has_diverged(run, tmp_path):
+    batch = data.Dataset.batch
+
+    def spoilt(self, seed, step, *args):
+        codes, mel, targets = batch(self, seed, step, *args)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            mel = mel * math.nan
+        return codes, mel, targets
+    with mock.patch.object(data.Dataset, "batch", spoilt):
+        assert_refused(run(tmp_path), "no longer finite at step 3", "out.last.pt")
+    assert load_checkpoint(tmp_path / "out.last.pt")[1]["step"] == 2
+
+
+def test_what_a_large_model_is_trained_with_unless_told_otherwise():
+    args = SimpleNamespace(codec=None, dataset="speech", lr=None, n_codebooks=None, context=None, mel_codebooks=None,
+                           overwrite=False, model="hybrid")
+    train.settle(args, ())
+    assert (args.lr, args.codec, args.n_codebooks, args.context, args.mel_codebooks) == (1e-3, "mini", 1, 512, 0)
+
+
+def test_the_time_of_a_resumed_run_goes_on(run, trained, tmp_path):
+    for name in ("out.pt", "out.last.pt", "out.jsonl"):
+        shutil.copy(trained / name, tmp_path)
+    save(tmp_path / "out.last.pt", torch.load(tmp_path / "out.last.pt", weights_only=True) | {"seconds": 1000.0})
+    assert run(tmp_path, "--resume", small=False).code == 0
+    assert 1000 <= evaluations(tmp_path / "out.jsonl")[-1]["seconds"] < 1100
+
+
+def test_every_step_and_seed_draws_its_own_dropout(run, tmp_path):
+    seeds, forward = [], HybridGPT.forward
+
+    def recorded(self, *args, **more):
+        if self.training:
+            seeds.append(torch.initial_seed())
+        return forward(self, *args, **more)
+    with mock.patch.object(HybridGPT, "forward", recorded):
+        assert run(tmp_path).code == 0
+        assert run(tmp_path, "--seed", 1, "--out", "other.pt").code == 0
+    assert len(seeds) == len(set(seeds)) == 8
+
+
+def test_a_resumed_run_has_all_options_of_its_beginning(run, tmp_path):
+    options = ["--warmup", 3, "--clip", 0.5, "--weight-decay", 0.2, "--lr", 0.01, "--accumulate", 2, "--seed", 7,
+               "--dropout", 0.2, "--stretch", 64]
+    assert run(tmp_path, *options).code == 0 and run(tmp_path, "--resume", small=False).code == 0
+    begun, resumed = [entry["args"] for entry in log_of(tmp_path / "out.jsonl") if "args" in entry]
+    assert begun == resumed

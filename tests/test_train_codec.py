@@ -5,6 +5,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -268,3 +269,36 @@ def test_audio_that_cannot_be_used_is_one_clear_line(monkeypatch, tmp_path, spee
         monkeypatch.setattr(sys, "argv", ["train_codec.py", "--data", str(folder), "--out", str(tmp_path / "no.pt")])
         with pytest.raises(SystemExit, match=message):
             train_codec.main()
+
+
+def test_held_out_clips_do_not_train_and_loud_ones_do_not_wrap(tmp_path):
+    for side, level in (("train", 0.1), ("train", 1.5), ("val", 0.5)):
+        (tmp_path / side).mkdir(exist_ok=True)
+        soundfile.write(tmp_path / side / f"{level}.wav", np.full(24_000, level), 24_000, subtype="FLOAT")
+    train, held_out = train_codec.load([str(tmp_path)])
+    assert [[int(wave[0]) for wave in waves] for waves in train] == [[3276, 32767]]
+    assert [[int(wave[0]) for wave in waves] for waves in held_out] == [[16383]]
+
+
+def test_a_crop_played_at_another_speed_fills_its_row():
+    wave = (3000 * np.sin(np.arange(48_000) / 10)).astype(np.int16)
+    rows = train_codec.batch([[wave]], np.random.default_rng(0), 64, 9600)
+    assert (rows[:, -200:].abs().amax(1) > 0.3 * rows[:, 4000:4200].abs().amax(1)).all()
+
+
+def test_every_clip_of_a_batch_has_a_count_of_its_own():
+    args = types.SimpleNamespace(seed=0, batch_size=64, frames=29)
+    assert set(train_codec.inputs([[np.ones(48_000, np.int16)]], args, 3)[1].tolist()) == {1, 2, 4, 8}
+
+
+def test_clips_of_coarse_codes_have_no_wave_loss():
+    out, wave = torch.randn(2, 2, 1000)
+    alone = train_codec.wave_loss(out[:1], wave[:1], torch.tensor([True]))
+    torch.testing.assert_close(train_codec.wave_loss(out, wave, torch.tensor([True, False])), alone / 2)
+
+
+def test_a_discriminator_that_is_right_has_nothing_to_learn_and_the_codec_everything():
+    wave, out = torch.ones(2, 100), -torch.ones(2, 100)
+    right, wrong = (lambda x, sign=sign: ([sign * x[:, 0]], [[x]]) for sign in (2, -2))
+    assert [train_codec.discriminator_loss(d, out, wave) for d in (right, wrong)] == [0, 6]
+    assert [train_codec.adversarial_losses(d, out, wave)["adversarial"] for d in (right, wrong)] == [3, 0]

@@ -164,6 +164,8 @@ def main():
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):      # so that unfinished files go, as with Ctrl-C
         if number and signal.getsignal(number) != signal.SIG_IGN:         # nohup has it ignored
             signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if args.num == 1 and codec.device.type == "cpu":
+        torch.set_num_threads(1)                              # one frame is too little to share: threads mostly wait
     n_frames = round(args.seconds * FRAME_RATE)
     generator = torch.Generator().manual_seed(args.seed)
     parts = [] if live else [name.with_name(f".{name.stem}.{os.getpid()}.part{name.suffix}") for name in names]

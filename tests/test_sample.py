@@ -463,6 +463,13 @@ def test_the_script_passes_its_options_on(run, tmp_path):
     assert a == b == c and d != e
 
 
+@pytest.mark.parametrize("num", [1, 2])
+def test_one_stream_takes_one_thread(run, num):
+    with mock.patch.object(torch, "set_num_threads") as set_num_threads:
+        assert run("--num", num).code == 0
+    assert set_num_threads.called == (num == 1)
+
+
 def test_what_is_too_loud_is_cut_off(run, tmp_path):
     levels, push = iter([1.5, -1.5] * 15), StreamDecoder.push
     with mock.patch.object(StreamDecoder, "push", lambda self, codes: push(self, codes) * 0 + next(levels)):

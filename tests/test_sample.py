@@ -316,7 +316,8 @@ def test_a_full_disk_behind_standard_output_is_one_clear_line(ckpt, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_terminated_leaves_no_unfinished_file(ckpt, tmp_path, number):
-    process = subprocess.Popen([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu"], cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu"], cwd=tmp_path,
+                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))      # nohup's children ignore it
     while not list(tmp_path.iterdir()):
         time.sleep(0.05)
     process.send_signal(number)

@@ -7,7 +7,8 @@ A miniature speech corpus: sentences from a small grammar, read aloud by free te
 
 Every clip is one voice speaking a short passage on one topic. No sentence occurs twice anywhere. The last
 two words of every list (but "bucket", which is in two) and the last template of every topic are kept for
-validation, so val is not only a reshuffle of train. The same seed gives the same audio (only the stream number in the Ogg header may differ).
+validation, so val is not only a reshuffle of train. The same seed gives the same audio (only the stream
+number in the Ogg header may differ).
 
 Licences, as stated in /usr/share/doc/<package>/copyright:
     flite (engine; voices rms, awb, kal16, slt)   CMU, BSD-like: use, copy, modify, distribute, sell freely
@@ -336,7 +337,8 @@ def render(clip, folder):
 def main():
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description="render the miniature speech corpus")
-    parser.add_argument("--out", default=os.path.join(here, "speech"), help="folder whose train/ and val/ are replaced (default: %(default)s)")
+    parser.add_argument("--out", default=os.path.join(here, "speech"),
+                        help="folder whose train/ and val/ are replaced (default: %(default)s)")
     parser.add_argument("--more", type=int, default=0, help="further training clips (default: none)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -367,8 +367,8 @@ def midi_bytes(p, ticks=480):
             out.insert(0, number & 127 | 128)
         return bytes(out)
 
-    # Of one instant, sorting puts notes (0x80, 0x90) before programs (0xC0): what is struck at beat 0 is a piano's note.
-    # What ships was made so, and stays so: the codec and the models have been trained on it.
+    # Of one instant, sorting puts notes (0x80, 0x90) before programs (0xC0): what is struck at beat 0 is a piano's
+    # note. What ships was made so, and stays so: the codec and the models have been trained on it.
     track, now = b"", 0
     for time, event in sorted((round(max(0, beat) * ticks), event) for beat, event in events):
         track += variable_length(time - now) + event

@@ -197,11 +197,13 @@ def count_latents(counts):
 
 
 @torch.no_grad()
-def fit_codebooks(quantizer, latents, rounds=20):
-    """K-means, one codebook after the other, each on what the former left over: latents (rows, C)."""
+def fit_codebooks(quantizer, latents, rounds=20, whole=False):
+    """K-means, one codebook after the other, each on what the former left over: latents (rows, C).
+
+    whole: let the first describe all of them, too, as is usual."""
     residual = latents
     for k, layer in enumerate(quantizer.vq.layers):
-        book, target = layer._codebook, described(residual, k)
+        book, target = layer._codebook, residual if whole else described(residual, k)
         book.embed.copy_(target[torch.randperm(len(target))[:CODEBOOK_SIZE]])
         for _ in range(rounds):
             index = nearest(target, book.embed)

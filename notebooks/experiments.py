@@ -16,7 +16,7 @@ gap       what is gained with the recording's mel, and what is left of it with t
           `coarse-gpt`, and `coarse-heard`, trained on the mel of what eight codebooks decode to; `nano`, trained on
           that mel, too, and `nano-gpt`. Hybrids are scored with the mel of the original, of eight codebooks and of one
 window    `coarse` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our
-          kind; one seed, as all but gap, streams, longer, shipped, short and paper: exploratory
+          kind; one seed, as all but gap, streams, longer, shipped, short, codec and paper: exploratory
 leak      `coarse` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which
           shows what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel all eight codes as
@@ -34,6 +34,8 @@ context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer position
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds; and these from as few places a
           step as with 256: from stretches of 256 frames, each cut into eight crops
+codec     `coarse` and `coarse-gpt` with codes of which the first describes waveform and envelope alike; refit_codec.py
+          makes that codec
 paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
           rates, and `hybrid-heard`, with that of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
 
@@ -66,6 +68,7 @@ from tokens import MINI_SHA256
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
 COARSE, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
 HEARD = [*COARSE, "--mel-codebooks", "8"]
+WHOLE = f"runs/whole-{MINI_SHA256[:8]}.pt"                    # of refit_codec.py
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
 NANO, NANO_GPT = COARSE[:2], GPT[:2]
 SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")
@@ -99,6 +102,8 @@ EXPERIMENTS = {                                               # question: {model
     "short": {f"{name}-context32{suffix}": [*options, "--context", "32", "--batch-size", "128", *stretch]
               for suffix, stretch in (("", []), ("-stretch256", ["--stretch", "256"]))
               for name, options in TRIO.items()},
+    "codec": {f"{name}-whole": [*options, "--codec", WHOLE]
+              for name, options in (("coarse", COARSE), ("coarse-gpt", GPT))},
     "paper": {**{name: ["--model", name, *PAPER] for name in SIZES},
               "hybrid-heard": ["--model", "hybrid", *PAPER, "--mel-codebooks", "8"]}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
@@ -109,7 +114,7 @@ for model, options in MODELS.items():
         kind = model.split("-")[0]                            # coarse or nano
         twin = model.replace("-heard", "").replace("-noise", "").replace(kind, f"{kind}-gpt", 1)
         TWINS[model] = [twin if twin in MODELS else f"{kind}-gpt"]
-MANY = ("gap", "streams", "longer", "shipped", "short", "paper")    # questions asked with several seeds
+MANY = ("gap", "streams", "longer", "shipped", "short", "codec", "paper")    # questions asked with several seeds
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -140,7 +145,7 @@ def label(dataset):
 def read(path):
     """A run's result, or None if there is none of what its model is now, with the codec that ships now."""
     result = json.loads(path.read_text()) if path.exists() else {}
-    if result.get("codec_checksum") == MINI_SHA256[:16]:
+    if result.get("codec_checksum") == MINI_SHA256[:16] or WHOLE in result.get("command", ""):
         options = [*MODELS[result["model"]], "--lr", result["lr"], "--seed", str(result["seed"])]
         return result if " ".join(options) in result["command"] else None
 

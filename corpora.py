@@ -89,6 +89,9 @@ def alone(folder):
             except (BlockingIOError, PermissionError):
                 print(f"waiting for another process to finish with {folder}", file=sys.stderr)
                 fcntl.lockf(file, fcntl.LOCK_EX)
+            except OSError as error:                          # a network disk without locks
+                raise DataError(f"{folder} cannot be locked ({error.strerror}): let it be a link to a local "
+                                "disk") from error
         yield
 
 

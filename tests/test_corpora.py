@@ -324,6 +324,15 @@ def test_a_disk_is_not_taken_for_a_network(published, server, monkeypatch, numbe
     assert len(server.ranges) == 1
 
 
+def test_a_disk_without_locks_is_named(published, server, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with pytest.raises(DataError, match="corpora cannot be locked .*link to a local disk"):
+        fetch("librispeech-mini")
+    assert server.ranges == []
+
+
 @pytest.mark.parametrize("after", [0.05, 0.3, 0.6])
 def test_a_process_killed_while_it_fetches_leaves_what_the_next_one_completes(published, server, after):
     server.moods = ["stalls"] * 2

@@ -53,7 +53,7 @@ OFTEN = {1: 0.2, 2: 0.3, 4: 0.2, 8: 0.3}                      # codebooks a clip
 PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # of each: the fraction of the steps at which it ends, and
           (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # the learning rates of encoder and decoder
 SHAPE = dict(n_filters=16, dimension=132, lstm=2)             # of the networks; their 132 latents a frame are
-WAVEFORM, ENVELOPE, COUNT = slice(112), slice(112, 128), slice(128, 132)      # for the waveform, for its spectral
+WAVEFORM, ENVELOPE, COUNT = slice(0, 112), slice(112, 128), slice(128, 132)      # for the waveform, for its spectral
                                                               # envelope, and to say how many codebooks are heard
 WHITEN = 0.6                                                  # how much of the last frame `Envelope` takes off
 NOISE = 0.09                                                  # standard deviation, about what one codebook leaves over
@@ -179,12 +179,12 @@ def nearest(x, codebook):
     return (codebook.square().sum(1) - 2 * x @ codebook.T).argmin(1)      # |x|^2 is the same for every candidate
 
 
-def described(rest, k):
-    """The part of rest (rows, C) that codebook k has words for: the first has words for the envelope only.
+def described(rest, k, first):
+    """The part of rest (rows, C) that codebook k has words for: codebook 1 for the latents `first` only, the envelope.
 
     All its 1024 words then describe that, and nothing else decides which of them is nearest: the waveform, loud and
     hard to predict, would use up its ten bits."""
-    return F.pad(rest[:, ENVELOPE], (ENVELOPE.start, rest.shape[1] - ENVELOPE.stop)) if k == 0 else rest
+    return F.pad(rest[:, first], (first.start, rest.shape[1] - first.stop)) if k == 0 else rest
 
 
 def count_latents(counts):
@@ -197,13 +197,12 @@ def count_latents(counts):
 
 
 @torch.no_grad()
-def fit_codebooks(quantizer, latents, rounds=20, whole=False):
-    """K-means, one codebook after the other, each on what the former left over: latents (rows, C).
-
-    whole: let the first describe all of them, too, as is usual."""
+def fit_codebooks(quantizer, latents, first, rounds=20):
+    """K-means, one codebook after the other, each on what the former left over: latents (rows, C); first: as in
+    `described`."""
     residual = latents
     for k, layer in enumerate(quantizer.vq.layers):
-        book, target = layer._codebook, residual if whole else described(residual, k)
+        book, target = layer._codebook, described(residual, k, first)
         book.embed.copy_(target[torch.randperm(len(target))[:CODEBOOK_SIZE]])
         for _ in range(rounds):
             index = nearest(target, book.embed)
@@ -244,7 +243,7 @@ def quantize(quantizer, latents, counts, adapt):
         index = nearest(rest.flatten(0, 1), layer._codebook.embed)
         vectors.append(layer._codebook.embed[index].view_as(rest))
         if adapt:
-            follow(layer._codebook, index, described(rest.flatten(0, 1), k))
+            follow(layer._codebook, index, described(rest.flatten(0, 1), k, ENVELOPE))
         rest = rest - vectors[k]
     total = sum(vector * (counts > k)[:, None, None] for k, vector in enumerate(vectors))
     return total.mT, vectors[0].mT
@@ -504,7 +503,7 @@ def main():
                 with torch.no_grad():
                     latents = torch.cat([frozen(waves).mT.flatten(0, 1)
                                          for waves in some[:, None].to(args.device).split(16)])
-                fit_codebooks(model.quantizer, latents)
+                fit_codebooks(model.quantizer, latents, ENVELOPE)
 
         wave, counts = (x.to(args.device, non_blocking=on_gpu) for x in (wave, counts))       # pinned: nothing waits
         optimizer.zero_grad(set_to_none=True)

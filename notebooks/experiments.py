@@ -34,8 +34,8 @@ context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer position
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds; and these from as few places a
           step as with 256: from stretches of 256 frames, each cut into eight crops
-codec     `coarse` and `coarse-gpt` with codes of which the first describes waveform and envelope alike; refit_codec.py
-          makes that codec
+codec     `coarse` and `coarse-gpt` with the codes of codecs whose first codebook describes waveform and envelope
+          alike, or the waveform alone; refit_codec.py makes them
 paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
           rates, and `hybrid-heard`, with that of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
 
@@ -68,7 +68,7 @@ from tokens import MINI_SHA256
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
 COARSE, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
 HEARD = [*COARSE, "--mel-codebooks", "8"]
-WHOLE = f"runs/whole-{MINI_SHA256[:8]}.pt"                    # of refit_codec.py
+REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt" for first in ("whole", "waveform")}       # by refit_codec.py
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
 NANO, NANO_GPT = COARSE[:2], GPT[:2]
 SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")
@@ -102,7 +102,7 @@ EXPERIMENTS = {                                               # question: {model
     "short": {f"{name}-context32{suffix}": [*options, "--context", "32", "--batch-size", "128", *stretch]
               for suffix, stretch in (("", []), ("-stretch256", ["--stretch", "256"]))
               for name, options in TRIO.items()},
-    "codec": {f"{name}-whole": [*options, "--codec", WHOLE]
+    "codec": {f"{name}-{first}": [*options, "--codec", codec] for first, codec in REFITTED.items()
               for name, options in (("coarse", COARSE), ("coarse-gpt", GPT))},
     "paper": {**{name: ["--model", name, *PAPER] for name in SIZES},
               "hybrid-heard": ["--model", "hybrid", *PAPER, "--mel-codebooks", "8"]}}
@@ -145,7 +145,7 @@ def label(dataset):
 def read(path):
     """A run's result, or None if there is none of what its model is now, with the codec that ships now."""
     result = json.loads(path.read_text()) if path.exists() else {}
-    if result.get("codec_checksum") == MINI_SHA256[:16] or WHOLE in result.get("command", ""):
+    if result.get("codec_checksum") == MINI_SHA256[:16] or "--codec" in MODELS.get(result.get("model"), ()):
         options = [*MODELS[result["model"]], "--lr", result["lr"], "--seed", str(result["seed"])]
         return result if " ".join(options) in result["command"] else None
 

@@ -18,7 +18,10 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
 import closeness                                                       # noqa: E402
 import experiments                                                     # noqa: E402
-from mel import HANN, log_mel                                          # noqa: E402
+import refit_codec                                                     # noqa: E402
+import train_codec                                                     # noqa: E402
+from mel import HANN, SAMPLE_RATE, log_mel                             # noqa: E402
+from tokens import load_codec                                          # noqa: E402
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
@@ -265,3 +268,19 @@ def test_closeness_hears_log_mel_and_its_change():
     vectors = torch.cat([mel[:-lag], mel[lag:] - mel[:-lag]], dim=1)
     torch.testing.assert_close(mean, vectors.mean(0))
     torch.testing.assert_close(covariance, torch.cov(vectors.T))
+
+
+@pytest.mark.parametrize("first, heard", [("whole", [True, True]), ("waveform", [True, False])])
+def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, first, heard):
+    monkeypatch.setattr(refit_codec, "ROOT", tmp_path)
+    monkeypatch.setattr(refit_codec, "load", lambda folders: (folders, None))
+    monkeypatch.setattr(refit_codec, "batch", lambda *_: 0.1 * torch.randn(4, 4 * SAMPLE_RATE))
+    monkeypatch.setattr(sys, "argv", ["refit_codec.py", first])
+    refit_codec.main()
+    codec, mini = load_codec(tmp_path / experiments.REFITTED[first]), load_codec("mini")
+    book = codec.vectors[0]
+    assert [bool(book[:, part].std() > 0) for part in (refit_codec.WAVEFORM, train_codec.ENVELOPE)] == heard
+    assert (book[:, train_codec.COUNT] == mini.vectors[0][:, train_codec.COUNT]).all()        # how many are heard
+    wave = 0.1 * torch.randn(1, SAMPLE_RATE)
+    assert torch.equal(codec.model.encoder(wave[None]), mini.model.encoder(wave[None]))
+    assert codec.encode(wave).unique().numel() > 100

@@ -54,7 +54,7 @@ def test_an_initialised_but_untrained_codec_passes_the_waveform(speech):
 @torch.no_grad()
 def test_clips_are_quantised_by_as_many_codebooks_as_asked(small):
     quantizer, latents = small(8, 4).quantizer, torch.randn(4, 16, 100)
-    train_codec.fit_codebooks(quantizer, torch.randn(20_000, 16), rounds=1)
+    train_codec.fit_codebooks(quantizer, torch.randn(20_000, 16), train_codec.ENVELOPE, rounds=1)
     codes = quantizer.vq.encode(latents)                                                # (8, 4, 100)
     expected = [quantizer.vq.decode(codes[:k, i:i + 1])[0] for i, k in enumerate((1, 2, 4, 8))]
     quantised, first = train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=False)
@@ -67,7 +67,7 @@ def test_each_phase_teaches_the_parts_it_is_about(speech, small, phase):
     model = small(10, 2)
     train_codec.initialise(model, speech)
     envelope, before = train_codec.Envelope(speech), copy.deepcopy(model.encoder)
-    train_codec.fit_codebooks(model.quantizer, torch.randn(2000, 16), rounds=1)
+    train_codec.fit_codebooks(model.quantizer, torch.randn(2000, 16), train_codec.ENVELOPE, rounds=1)
     books = [layer._codebook.embed.clone() for layer in model.quantizer.vq.layers]
     counts = torch.tensor([1, 2, 4, 8] * 2)
     _, out = train_codec.backward(model, before, speech[:, :9600], counts, phase, envelope, {})
@@ -83,7 +83,7 @@ def test_each_phase_teaches_the_parts_it_is_about(speech, small, phase):
 def test_codebooks_follow_what_is_assigned_to_them_and_rare_codes_start_anew(small):
     quantizer = small(0, 12).quantizer
     latents = lambda n, mean: F.pad(torch.randn(1, 12, n) + mean, (0, 0, 0, 4))           # (1, 16, n)
-    train_codec.fit_codebooks(quantizer, latents(4000, 0)[0].T, rounds=2)
+    train_codec.fit_codebooks(quantizer, latents(4000, 0)[0].T, train_codec.ENVELOPE, rounds=2)
     shifted = latents(400, 4)
 
     def error():
@@ -100,7 +100,7 @@ def test_codebooks_follow_what_is_assigned_to_them_and_rare_codes_start_anew(sma
 @torch.no_grad()
 def test_the_first_codebook_says_nothing_but_the_envelope(small):
     quantizer, latents = small(8, 4).quantizer, torch.randn(4, 16, 500)
-    train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), rounds=4)
+    train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), train_codec.ENVELOPE, rounds=4)
     for _ in range(20):
         train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=True)
     first, second = (layer._codebook.embed for layer in quantizer.vq.layers[:2])
@@ -112,7 +112,7 @@ def test_the_first_codebook_says_nothing_but_the_envelope(small):
 @torch.no_grad()
 def test_the_decoder_is_told_how_many_codebooks_it_hears(small):
     quantizer, latents = small(8, 4).quantizer, torch.randn(4, 16, 300)
-    train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), rounds=2)
+    train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), train_codec.ENVELOPE, rounds=2)
     train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=True)
     codes = quantizer.vq.encode(latents)
     for k in range(1, 9):
@@ -137,7 +137,7 @@ def test_words_are_lost_when_bands_no_longer_move_as_they_did(speech):
 def test_k_means_leaves_less_over_with_every_codebook_and_uses_all_codes(small, capsys):
     quantizer, latents = small(0, 12).quantizer, torch.randn(4000, 16)
     latents[:, 12:] = 0
-    train_codec.fit_codebooks(quantizer, latents, rounds=4)
+    train_codec.fit_codebooks(quantizer, latents, train_codec.ENVELOPE, rounds=4)
     left = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(left) == 8 and left == sorted(left, reverse=True) and left[-1] < 0.3 * left[0]
     codes = train_codec.nearest(latents, quantizer.vq.layers[0]._codebook.embed)

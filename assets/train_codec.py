@@ -251,22 +251,23 @@ def quantize(quantizer, latents, counts, adapt):
 
 # ----------------------------------------------------------------------------- losses
 
-def log_bands(wave, n_fft, n_mels, hop, floor=3e-5):
+def log_bands(wave, n_fft, n_mels, hop, floor=3e-5, window=None):
     """log(mel power + floor), wave (B, N) -> (B, N // hop, n_mels). The floor is some 65 dB below a voice: the slope of
     the logarithm is largest where there is least to hear."""
-    return (mel_power(frame(wave, n_fft, hop), n_mels) + floor).log()
+    return (mel_power(frame(wave, n_fft, hop), n_mels, window) + floor).log()
 
 
 class Envelope:
     """wave (B, N) -> targets for 16 latents, (B, 16, T): the spectral envelope, part of what is predictable taken off.
 
-    The 16 strongest principal components of log-mel frames (causal Hann windows, one per code), less WHITEN times those
-    of the frame before. A code is chosen without regard to its neighbours, so whatever repeats from frame to frame is
-    paid for in each; with all of it taken off, the decoder, which adds the frames up again, would add up their errors
-    too. The best lies in between, as in half-whitening (Costas, Coding with linear systems, 1952).
-    Fitted to some audio (B, N), where the variances of the targets sum to 1."""
+    The 16 strongest principal components of log-mel frames (one per code; the window ends where its samples do), less
+    `whiten` times those of the frame before. A code is chosen without regard to its neighbours, so whatever repeats
+    from frame to frame is paid for in each; with all of it taken off, the decoder, which adds the frames up again,
+    would add up their errors too. The best lies in between, as in half-whitening (Costas, Coding with linear systems,
+    1952). Fitted to some audio (B, N), where the variances of the targets sum to 1."""
 
-    def __init__(self, wave):
+    def __init__(self, wave, whiten=WHITEN, window=HANN):
+        self.whiten, self.window = whiten, window
         bands = self.bands(wave).flatten(0, 1)
         self.mean, self.scale = bands.mean(0), 1.0
         directions = torch.linalg.eigh(torch.cov(bands.T))[1].flip(1)                 # columns, by falling variance
@@ -274,11 +275,12 @@ class Envelope:
         self.scale = self(wave)[..., 1:].var((0, 2)).sum().rsqrt()
 
     def bands(self, wave):
-        return log_bands(wave, 1024, 80, HOP, floor=3e-4)     # a coarse code has no room for what is very quiet
+        # a coarse code has no room for what is very quiet
+        return log_bands(wave, 1024, 80, HOP, floor=3e-4, window=self.window)
 
     def __call__(self, wave):
         components = ((self.bands(wave) - self.mean) @ self.basis).transpose(1, 2) * self.scale
-        return components - WHITEN * F.pad(components, (1, 0))[..., :-1]
+        return components - self.whiten * F.pad(components, (1, 0))[..., :-1]
 
 
 def mel_loss(out, wave):

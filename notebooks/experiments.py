@@ -34,8 +34,8 @@ context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer position
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds; and these from as few places a
           step as with 256: from stretches of 256 frames, each cut into eight crops
-codec     `coarse` and `coarse-gpt` with the codes of codecs whose first codebook describes waveform and envelope
-          alike, or the waveform alone; refit_codec.py makes them
+codec     `coarse` and `coarse-gpt` with the codes of codecs whose first codebook describes something else;
+          refit_codec.py makes them
 paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
           rates, and `hybrid-heard`, with that of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
 
@@ -68,7 +68,8 @@ from tokens import MINI_SHA256
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
 COARSE, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
 HEARD = [*COARSE, "--mel-codebooks", "8"]
-REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt" for first in ("whole", "waveform")}       # by refit_codec.py
+REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt"                       # by refit_codec.py
+            for first in ("whole", "waveform", "hann", "late", "plain")}
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
 NANO, NANO_GPT = COARSE[:2], GPT[:2]
 SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")

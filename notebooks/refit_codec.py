@@ -1,14 +1,21 @@
 """
-refit_codec.py: `mini` with other codebooks: does the mel gain so much because of what the first one describes?
+refit_codec.py: `mini` with another first codebook: does the mel gain so much because of what that one describes?
 
-    python notebooks/refit_codec.py whole                     three minutes -> runs/whole-da13ab60.pt
-    python notebooks/refit_codec.py waveform
+    python notebooks/refit_codec.py late                      ten minutes -> runs/late-da13ab60.pt
     python notebooks/experiments.py speech music --only codec
 
-The first codebook of `mini` describes the spectral envelope alone (assets/train_codec.py). Here all eight are fitted
-anew by k-means, on the same encoder's latents: the first to the `whole` of them, envelope and waveform alike, as an
-RVQ usually is, or to the `waveform` alone. The decoder has not been trained for these: they are there to be predicted,
-not to be heard.
+The first codebook of `mini` describes the spectral envelope alone, and that as a Hann window of 1024 samples hears it,
+which ends with the code's own 320 samples and is nearly deaf there (assets/train_codec.py). Here all codebooks are
+fitted anew by k-means, the first one to other latents of a frame:
+
+    whole       all of them, envelope and waveform alike, as an RVQ usually is
+    waveform    those of the waveform
+    hann        those of the envelope, as in `mini`: what the next two are to be compared with
+    late        the envelope, as mel.py's window hears it: the code's own samples
+    plain       the envelope, with nothing taken off that is predictable from the frame before
+
+For the last three the encoder learns its targets first, from where `mini` left it. The decoder has not been trained for
+any of these: they are there to be predicted, not to be heard.
 """
 import argparse
 import sys
@@ -16,35 +23,57 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
 from experiments import REFITTED
-from mel import SAMPLE_RATE
+from mel import HOP, SAMPLE_RATE, WINDOW
 from model import save
 from tokens import MINI, load_codec
-from train_codec import SHAPE, WAVEFORM, batch, fit_codebooks, load
+from train_codec import ENVELOPE, SHAPE, WAVEFORM, Envelope, batch, fit_codebooks, load
 
 FIRST = {"whole": slice(0, SHAPE["dimension"]), "waveform": WAVEFORM}
+TARGETS = {"hann": {}, "late": {"window": WINDOW}, "plain": {"whiten": 0.0}}          # of `Envelope`
+STEPS = 800
 
 
-@torch.no_grad()
+def learn(encoder, train, envelope):
+    """Train the encoder to write another envelope into its latents; prints how much of its variance is missed."""
+    optimizer = torch.optim.AdamW(encoder.requires_grad_(True).parameters(), weight_decay=0.0)
+    missed = []
+    for step in range(STEPS):
+        wave = batch(train, np.random.default_rng((1, step)), 8, 48 * HOP)
+        target = envelope(wave)
+        loss = F.mse_loss(encoder(wave[:, None])[:, ENVELOPE], target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 5e-4 * (1 - step / STEPS)
+        optimizer.step()
+        missed.append(loss.item() / target.var((0, 2)).mean().item())
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}  {np.mean(missed[-100:]):.3f} of the envelope's variance missed", flush=True)
+    encoder.requires_grad_(False)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Fit the codebooks of mini anew.")
-    parser.add_argument("first", choices=FIRST, help="what the first codebook describes")
+    parser.add_argument("first", choices=REFITTED, help="what the first codebook describes")
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "assets/speech"), str(ROOT / "assets/music")],
                         help="folders of audio (default: the bundled ones)")
     args = parser.parse_args()
     train, _ = load(args.data)
     model = load_codec("mini").model
     torch.manual_seed(0)
+    torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
     waves = batch(train, np.random.default_rng(0), 256, 4 * SAMPLE_RATE)
-    latents = torch.cat([model.encoder(some).mT.flatten(0, 1) for some in waves[:, None].split(16)])
-    fit_codebooks(model.quantizer, latents, FIRST[args.first])
+    if args.first in TARGETS:
+        learn(model.encoder, train, Envelope(waves[:64], **TARGETS[args.first]))
+    with torch.no_grad():
+        latents = torch.cat([model.encoder(some).mT.flatten(0, 1) for some in waves[:, None].split(16)])
+    fit_codebooks(model.quantizer, latents, FIRST.get(args.first, ENVELOPE))
     saved = torch.load(MINI, weights_only=True)
-    for name, weight in model.state_dict().items():
-        if name.endswith("embed"):
-            saved["weights"][name] = weight.half()
+    saved["weights"] = {name: weight.half() for name, weight in model.state_dict().items() if name in saved["weights"]}
     out = ROOT / REFITTED[args.first]
     out.parent.mkdir(exist_ok=True)
     save(out, saved)

@@ -23,7 +23,6 @@ A batch is a pure function of seed, step, size and context: the same for every m
 crop of one clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding, whose
 targets do not count. The first position of a clip is START, so the model is always told that there is nothing before.
 """
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -49,8 +48,7 @@ ASSETS = Path(__file__).parent / "assets"
 MEL = ("mel_codebooks", "latents", "lookahead", "window")      # what makes one mel another: arguments of `prepare`
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
-BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time,
-BLOCK_VALUES = 4_000_000             # but at most so many values, all channels together
+BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
 LONG = 60                            # seconds: on a CPU a longer file is encoded alone, and less audio by one process
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {".oga", ".opus", ".aif"}
 
@@ -71,7 +69,7 @@ def read_audio(path):
             resampler = None
             if file.samplerate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
-            n = min(BLOCK * file.samplerate // SAMPLE_RATE, BLOCK_VALUES // file.channels)
+            n = min(BLOCK, BLOCK * file.samplerate // SAMPLE_RATE) // file.channels
             while len(block := file.read(n, dtype="float32", always_2d=True)):            # may be fewer than it claims
                 if not (np.abs(block) < 1e9).all():
                     raise DataError(f"{path}: holds NaN or infinite samples, or some beyond a billion")
@@ -117,18 +115,19 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
     with ThreadPoolExecutor(len(paths)) as pool:              # files are read side by side, and while the codec works
         reading = {i: pool.submit(next, reader) for i, reader in enumerate(readers)}
         while reading:
-            waves, longest, now, problems = np.zeros((len(paths), block_size), np.float32), 0, list(reading), {}
-            for i in now:
+            blocks, problems = {}, {}                         # of the files that have not ended
+            for i, coming in reading.items():
                 try:
-                    block = reading.pop(i).result()
+                    blocks[i] = coming.result()
                 except DataError as error:
-                    block, problems[i] = waves[i, :0], str(error).removeprefix(f"{paths[i]}: ")
-                if len(block) == block_size:                  # a shorter one is the last
-                    reading[i] = pool.submit(next, readers[i])
+                    blocks[i], problems[i] = np.zeros(0), str(error).removeprefix(f"{paths[i]}: ")
+                n_samples[i] += len(blocks[i])
+            # a block shorter than others is its file's last; the next ones are read while the codec works on these
+            reading = {i: pool.submit(next, readers[i]) for i, block in blocks.items() if len(block) == block_size}
+            waves = np.zeros((len(paths), max(map(len, blocks.values()))), np.float32)
+            for i, block in blocks.items():
                 waves[i, :len(block)] = block
-                n_samples[i] += len(block)
-                longest = max(longest, len(block))
-            wave = torch.from_numpy(waves[:, :longest]).to(codec.device)
+            wave = torch.from_numpy(waves).to(codec.device)
             unquantised = encoder.latents(wave)                   # (B, C, t)
             new = codec.quantize(unquantised, codec.n_codebooks)  # (B, K, t)
             codes = torch.cat([codes, new], dim=-1)
@@ -139,7 +138,7 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
             # frames whose mel has arrived; the codes of later ones wait for theirs
             ready, codes = codes[..., :mel.shape[1]].mT.cpu().numpy().astype(np.uint16), codes[..., mel.shape[1]:]
             mel = mel.cpu().numpy().astype(np.float16)
-            for i in now:
+            for i in blocks:
                 n = max(0, n_samples[i] // HOP - n_done)      # frames of this file; what follows is padding
                 if i not in reading and n_samples[i] < HOP:
                     problems.setdefault(i, f"shorter than one frame of {HOP} samples")
@@ -310,30 +309,21 @@ def _encode_batch(home, folder, files, codec, made_with, batch):
     parts, results = [home / f"{i}.{os.getpid()}.part" for i in batch], {}
     mel_is = {name: made_with[name] for name in MEL}
     try:
-        with contextlib.ExitStack() as stack:
-            out = [stack.enter_context(open(part, "wb")) for part in parts]
-            paths = [folder / files[i][0] for i in batch]
-            for i, codes, mel, ended, problem in encode_files(paths, codec, **mel_is):
-                rows = np.empty(len(mel), _row(made_with))
-                rows["codes"], rows["mel"] = codes, mel
-                out[i].write(rows.tobytes())
-                if ended:
-                    out[i].flush()
-                    os.fsync(out[i].fileno())                 # or a power cut might leave an empty .clip
-                    out[i].close()
-                    if problem:
-                        parts[i].unlink()
-                    else:
-                        os.replace(parts[i], home / f"{batch[i]}.clip")
-                    results[batch[i]] = problem
+        out = [open(part, "wb") for part in parts]
+        for i, codes, mel, ended, problem in encode_files([folder / files[i][0] for i in batch], codec, **mel_is):
+            out[i].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
+            if ended:
+                out[i].flush()
+                os.fsync(out[i].fileno())                     # or a power cut might leave an empty .clip
+                out[i].close()
+                if problem:
+                    parts[i].unlink()
+                else:
+                    os.replace(parts[i], home / f"{batch[i]}.clip")
+                results[batch[i]] = problem
     except OSError as error:                                  # what cannot be read is a problem, and no OSError
         return error
     return results
-
-
-def _row(made_with):
-    """One frame as it lies in a .clip file."""
-    return np.dtype([("codes", np.uint16, (made_with["n_codebooks"],)), ("mel", np.float16, (made_with["n_mels"],))])
 
 
 def _join(home, dataset, name, names, made_with, problems):
@@ -341,8 +331,9 @@ def _join(home, dataset, name, names, made_with, problems):
     usable = [i for i in range(len(names)) if i not in problems]
     if not usable:
         raise DataError(f"nothing usable in dataset '{name}': all {len(names)} files were skipped")
-    paths, row = [home / "clips" / f"{i}.clip" for i in usable], _row(made_with)
-    lengths = [path.stat().st_size // row.itemsize for path in paths]                     # in frames
+    K, n_mels = made_with["n_codebooks"], made_with["n_mels"]
+    paths, width = [home / "clips" / f"{i}.clip" for i in usable], K + n_mels             # of a row, 2 bytes each
+    lengths = [path.stat().st_size // (2 * width) for path in paths]                      # in frames
     ends, n_frames = np.cumsum(lengths), sum(lengths)
     clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable]
     if _split_by_folder(names, dataset):                      # even if one side has lost all its files
@@ -359,19 +350,17 @@ def _join(home, dataset, name, names, made_with, problems):
     n_train = [(end - start) * (not val) for (start, end), val in zip(clips.tolist(), is_val)]
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
-    n_mels = made_with["n_mels"]
     n, total, products = sum(n_train), np.zeros(n_mels), np.zeros((n_mels, n_mels))
     with open(home / "codes.npy", "wb") as codes, open(home / "mel.npy", "wb") as mels:
-        for file, field in (codes, "codes"), (mels, "mel"):
-            dtype, width = row[field].subdtype
+        for file, dtype, n_columns in (codes, "<u2", K), (mels, "<f2", n_mels):
             np.lib.format.write_array_header_1_0(
-                file, {"descr": dtype.str, "fortran_order": False, "shape": (n_frames, *width)})
+                file, {"descr": dtype, "fortran_order": False, "shape": (n_frames, n_columns)})
         for path, left in zip(paths, n_train):
             with open(path, "rb") as file:
-                while len(rows := np.fromfile(file, row, 100_000)):                       # bounded memory
-                    codes.write(rows["codes"].tobytes())
-                    mels.write(rows["mel"].tobytes())
-                    part = rows["mel"][:left].astype(np.float64)
+                while len(rows := np.fromfile(file, np.uint16, 100_000 * width).reshape(-1, width)):
+                    codes.write(rows[:, :K].tobytes())
+                    mels.write(rows[:, K:].tobytes())
+                    part = rows[:left, K:].view(np.float16).astype(np.float64)
                     left -= len(part)
                     total, products = total + part.sum(0), products + part.T @ part
     mean = total / n                                          # and covariance E[x x'] - E[x] E[x]', so one pass will do
@@ -471,12 +460,11 @@ class Dataset:
         targets = np.full((B, all_codes.shape[1], context), IGNORE, np.int64)
         for row, (start, end, offset, score_from) in enumerate(crops):
             first, n = start + offset, max(0, min(context, end - start - offset))             # 0: past the clip's end
-            at_start = int(offset == 0)                       # the clip's first input is START, not a frame
-            shown = slice(first - 1 + at_start, first - 1 + n)
-            codes[row, 0, :at_start] = START
-            codes[row, :, at_start:n] = all_codes[shown].T
-            mel[row, at_start:n] = all_mel[shown]
             targets[row, :, score_from:n] = all_codes[first + score_from:first + n].T
+            p = int(offset == 0)                              # the first position that is shown a frame: not the START
+            codes[row, 0, :p] = START
+            codes[row, :, p:n] = all_codes[first + p - 1:first + n - 1].T
+            mel[row, p:n] = all_mel[first + p - 1:first + n - 1]
         if targets.max() >= CODEBOOK_SIZE or codes.max() > START:
             raise self.damaged("codes that do not exist")
         return torch.from_numpy(codes), torch.from_numpy(mel), torch.from_numpy(targets)

@@ -35,7 +35,7 @@ from corpora import CORPORA, DISK_FULL
 from data import MEL, DataError, prepare
 from mel import WINDOW
 from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
-                   load_checkpoint, save, to_checkpoint, write_whole)
+                   load_checkpoint, save, to_checkpoint)
 from tokens import CodecError, load_codec
 
 DEPTH_EVERY = 8                      # a step learns the finer codes of every eighth frame: they cost most
@@ -44,10 +44,10 @@ DEPTH_EVERY = 8                      # a step learns the finer codes of every ei
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
-# options by what they are: what a model is shown; what may be another after --resume; what is no part of the run
-SHOWN = ("dataset", "codec", *MEL)
-MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile")
-NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")
+SHOWN = ("dataset", "codec", *MEL)   # options that say what a model is shown; out.pt and every result name them
+MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile")                  # those that --resume may change
+NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")           # those that it does not remember
+BESIDE_EVAL = {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"} - {"latents"}        # that go with --eval
 
 
 def parse_arguments():
@@ -61,14 +61,14 @@ def parse_arguments():
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
     add("--mel-codebooks", type=int, metavar="K", help="show the mel of what the first K codebooks decode to, as in "
         "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
-    add("--latents", action="store_true", help="show in place of the mel the codec's own vectors, what it decodes the "
-        "first K codebooks from or, with 0, quantises (models of these can be scored, not sampled)")
-    add("--window", type=int, nargs=2, default=WINDOW, metavar=("RISE", "FALL"), help="shape of the mel's window, in "
-        "samples; 512 512 is the Hann window (default: %(default)s; models of another can be scored, not sampled)")
+    add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
+    add("--latents", action="store_true", help="show in its place the codec's own vectors, what it decodes the first K "
+        "codebooks from or, with --mel-codebooks 0, quantises")
+    add("--window", type=int, nargs=2, default=list(WINDOW), metavar=("RISE", "FALL"), help="shape of its window, "
+        "in samples; 512 512 is the Hann window (default: %(default)s)")
     add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
         "--window 512 512: the usual one, centred on the frame's first sample), to measure what the look into the "
-        "future is worth; -N: the same window, but what lies past the frame counts as zero (default: %(default)s; "
-        "models of another can be scored, not sampled)")
+        "future is worth; -N: the same window, but what lies past the frame counts as zero (default: %(default)s)")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, default="nano", help="preset of model.py (default: %(default)s)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
@@ -116,22 +116,18 @@ def parse_arguments():
             parser.error(f"--set {word}: wants FIELD=VALUE of model.py's Config, the value of that field's type "
                          "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
     args.set = fields
-    args.window = tuple(args.window)
     if not ((args.lr is None or 0 < args.lr < math.inf) and args.clip > 0 and 0 <= args.dropout < 1):
         parser.error("--lr and --clip must be above 0, --dropout at least 0 and below 1")
     if args.context is not None and (args.context < 2 or args.context % 2):
         parser.error("--context must be an even number of positions, 2 or more")
     if not args.out.endswith(".pt") or Path(args.out).is_dir():
         parser.error(f"--out {args.out} must be a file and end in .pt")
-    if args.eval == "":                                       # a shell variable that is not set
-        parser.error("--eval wants a checkpoint")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
-    # once more without defaults: what is not None then was given, and --resume must tell that from a default
-    no_defaults = parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args))))
-    args.given = {name for name, value in vars(no_defaults).items() if value is not None}
-    may_vary = {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"} - {"latents"}
-    if args.eval and (others := sorted(args.given - may_vary)):
+    # parse again into a namespace full of None: argparse puts no default where there is a value, so the rest was given
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))
+    args.given = {name for name, value in vars(parser.parse_args(namespace=blank)).items() if value is not None}
+    if args.eval is not None and (others := sorted(args.given - BESIDE_EVAL)):
         parser.error(f"--eval scores a checkpoint as it is: --{others[0].replace('_', '-')} has no place beside it")
     return args
 
@@ -155,8 +151,8 @@ def choose_device(name):
 def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     """Score the coarse code over the whole validation split, each target once (see Dataset.validation).
 
-    Returns (figures, sums (clips,), counts (clips,)): {"val_nll" in nats a code, "val_ppl", "val_acc"}, for a model of
-    K > 1 codebooks also the list "val_nll_finer", codebooks 2 to K; NLL summed over each clip; each clip's targets.
+    Returns {"val_nll" in nats a code, "val_ppl", "val_acc"}, for a model of K > 1 codebooks also the list
+    "val_nll_finer", codebooks 2 to K; and, for a bootstrap, each clip's mean NLL and number of targets.
     """
     was_training = model.training
     model.eval()
@@ -177,12 +173,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     figures = {"val_nll": nll, "val_ppl": float(np.exp(min(nll, 700))), "val_acc": accuracy}
     if len(finer):
         figures["val_nll_finer"] = (finer / counts.sum()).round(4).tolist()
-    return figures, sums, counts
-
-
-def by_clip(sums, counts):
-    """Each clip's mean NLL and number of targets, from what `evaluate` returns: a bootstrap needs them."""
-    return {"clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.tolist()}
+    return {**figures, "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.tolist()}
 
 
 def counted(targets, depth_frames):
@@ -197,12 +188,6 @@ def learning_rate(step, args):
         return args.lr * (step + 1) / args.warmup
     done = (step - args.warmup) / (args.steps - args.warmup)
     return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def terminated(*_):
-    """What SIGTERM does while the data are prepared."""
-    signal.signal(signal.SIGCHLD, lambda *_: None)            # or torch would report its workers, which got it, too
-    sys.exit(143)
 
 
 def settle(args, files):
@@ -241,7 +226,7 @@ def interrupted(args, last, device):
     """What --resume continues: (model, checkpoint) of the file `last`; args become those the run was started with, but
     for those of MAY_MOVE that are given now."""
     model, checkpoint = load_checkpoint(last, device)
-    if "optimizer" not in checkpoint:
+    if "log_size" not in checkpoint:
         raise CheckpointError(f"{last} holds a model but no training state: --resume needs the one that an "
                               "interrupted run leaves beside --out")
     for name in sorted(args.given & checkpoint["args"].keys() - set(MAY_MOVE)):
@@ -270,21 +255,29 @@ def score(args, device):
     codec = its_codec(checkpoint, args.eval, device, args.codec, args.codec_dir)
     data = prepare(args.dataset, codec, **{name: getattr(args, name) for name in MEL})
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    figures, sums, counts = evaluate(model, data, args.batch_size, autocast)
+    figures = evaluate(model, data, args.batch_size, autocast)
     print(json.dumps({"checkpoint": args.eval, **{name: getattr(args, name) for name in SHOWN}, "codec": codec.name,
-                      **figures, "unigram_nll": data.unigram_nll(), "n_params": model.n_params(),
-                      **by_clip(sums, counts)}))
+                      "unigram_nll": data.unigram_nll(), "n_params": model.n_params(), **figures}))
 
 
-def kept_log(path, step):
-    """What a run that continues at `step` keeps of its log: not what it is about to do again."""
-    kept = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):       # cut off in mid-line
-            entry = json.loads(line)
-            if entry["step"] < step or entry["step"] == step and "val_nll" not in entry:
-                kept.append(line + "\n")
-    return "".join(kept).encode()
+stopped_by = []                      # signals that came: the run ends after the step they fall into
+
+
+def stop_soon(number, _=None):
+    """What a signal does while the loop runs."""
+    stopped_by.append(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C: at once
+
+
+def say(text):
+    """Print; if the terminal is gone, stop as SIGHUP, which may come later, would have us stop."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        sys.stdout = open(os.devnull, "w")
+        stop_soon(signal.SIGHUP)
 
 
 def move(x, device):
@@ -294,10 +287,9 @@ def move(x, device):
 
 def main():
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, terminated)                 # until the loop sees to it
     device = choose_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if args.eval:
+    if args.eval is not None:
         return score(args, device)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
@@ -310,8 +302,11 @@ def main():
     # --- what the run is: from the command line, or from the checkpoint that is continued
     if args.resume:
         model, checkpoint = interrupted(args, last, device)
+        codec = its_codec(checkpoint, last, device, args.codec, args.codec_dir)
     else:
         settle(args, (out, last, log_path))
+        codec = load_codec(args.codec, device, args.codec_dir)
+        model = new_model(args, codec)
     if args.batch_size % (args.accumulate * WORLD):
         sys.exit(f"error: --accumulate {args.accumulate}" + f" times {WORLD} processes" * (WORLD > 1)
                  + f" must divide --batch-size {args.batch_size}")
@@ -321,11 +316,6 @@ def main():
                  f"{args.batch_size * args.context} positions")
     if not os.access(out.parent, os.W_OK):                    # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
-    if args.resume:
-        codec = its_codec(checkpoint, last, device, args.codec, args.codec_dir)
-    else:
-        codec = load_codec(args.codec, device, args.codec_dir)
-        model = new_model(args, codec)
     # one process prepares, the others wait for its lock
     data = prepare(args.dataset, codec, **{name: getattr(args, name) for name in MEL})
     unigram = 0.0 if RANK else data.unigram_nll()             # reads all codes
@@ -343,13 +333,13 @@ def main():
     others = [p for name, p in model.named_parameters() if "embedding" in name]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
                                    {"params": others, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+                                  lr=args.lr, betas=(0.9, 0.95), fused=True)
     step, tokens_seen, seconds, best = 0, 0, 0.0, math.inf
     if args.resume:
         if checkpoint["audio"] != data.audio:
             raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now")
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, tokens_seen, seconds = (checkpoint[name] for name in ("step", "tokens_seen", "seconds"))
+        step, tokens_seen, seconds, log_size = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "log_size"))
         best = checkpoint["best"] if out.exists() else math.inf                   # lost: an evaluation writes it anew
         checkpoint = None                                     # or its memory would stay taken
     compiled = device.type == "cuda" if args.compile is None else args.compile
@@ -358,9 +348,9 @@ def main():
         forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
 
     # --- the log
-    if not RANK:
-        write_whole(log_path, kept_log(log_path, step) if args.resume else b"")
-    log = open(log_path, "a")
+    log = open(log_path, "a" if args.resume else "w")
+    if args.resume and not RANK:
+        log.truncate(min(log.tell(), log_size))               # what came later is about to be done again
 
     def report(figures):
         print(json.dumps(figures), file=log, flush=True)
@@ -378,24 +368,10 @@ def main():
             "torch": torch.__version__, "unigram_nll": unigram, "train_frames": data.meta["train_frames"],
             "val_frames": data.meta["val_frames"]})
 
-    stopped_by = []                                           # a signal ends the run after the step it falls into
-    hangup = getattr(signal, "SIGHUP", None)                  # of a closed terminal; nohup has it ignored
-
-    def stop_soon(number, _):
-        stopped_by.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)                  # a second Ctrl-C: at once
-
-    def say(text):
-        try:
-            print(text, flush=True)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            sys.stdout = open(os.devnull, "w")                # the terminal was closed: nobody is there to read
-            stop_soon(signal.SIGHUP, None)
-    for number in (signal.SIGINT, signal.SIGTERM, hangup):
-        if number and not (number == hangup and signal.getsignal(number) == signal.SIG_IGN):
-            signal.signal(number, stop_soon)
+    signal.signal(signal.SIGINT, stop_soon)
+    signal.signal(signal.SIGTERM, stop_soon)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup has it ignored
+        signal.signal(signal.SIGHUP, stop_soon)
 
     # --- the loop
     start, tokens_logged, time_logged = time.time() - seconds, tokens_seen, time.time()
@@ -406,7 +382,7 @@ def main():
                  f"is {last}; start anew with a lower --lr (and --overwrite)")
 
     while True:
-        seconds = time.time() - start
+        seconds, log_size = time.time() - start, log.tell()
         stop = max(stopped_by, default=0)
         if WORLD > 1:                                         # all processes stop after the same step
             stop = torch.tensor(stop)                         # on the CPU: no step should wait for a GPU
@@ -416,11 +392,11 @@ def main():
         if (step % 20 == 0 or due or stop) and not norm.isfinite():
             diverged("the loss or its gradient")
         if due and RANK == 0:                                 # `model`: `forward` would be compiled anew for eval mode
-            figures, sums, counts = evaluate(model, data, args.batch_size // (args.accumulate * WORLD), autocast)
+            figures = evaluate(model, data, args.batch_size // (args.accumulate * WORLD), autocast)
             if not math.isfinite(figures["val_nll"]):
                 diverged("the validation loss")
-            report({"step": step, **figures, "unigram_nll": unigram, "n_params": n_params,
-                    "tokens_seen": tokens_seen, "seconds": round(seconds, 1), **by_clip(sums, counts)})
+            report({"step": step, "unigram_nll": unigram, "n_params": n_params, "tokens_seen": tokens_seen,
+                    "seconds": round(seconds, 1), **figures})
             better = figures["val_nll"] < best
             finer = figures.get("val_nll_finer", [])
             say(f"step {step:5d}  val NLL {figures['val_nll']:.4f}  perplexity {figures['val_ppl']:.1f}  accuracy "
@@ -431,7 +407,7 @@ def main():
                 save(out, to_checkpoint(model, step=step, val_nll=best, **facts))
         if (due or stop) and RANK == 0:
             content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
-                                    seconds=seconds, best=best, args=options, **facts)
+                                    seconds=seconds, best=best, log_size=log_size, args=options, **facts)
             save(last, content)
             time_logged, tokens_logged = time.time(), tokens_seen                 # no part of the rate
         if stop:
@@ -451,15 +427,16 @@ def main():
         # each step another offset: many crops begin with a clip, and else most frames near its start would not come up
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = counted(batch[2], depth_frames), 0.0                # (2,)
-        depth_frames, n_all = move(depth_frames, device), move(n_targets.clamp(min=1), device)
         # of the batch this process's rows, of these --accumulate parts
-        parts = zip(*(move(x.chunk(WORLD)[RANK], device).chunk(args.accumulate) for x in batch))
-        for part, (c, m, t) in enumerate(parts, start=1):
+        parts = zip(*(x.chunk(WORLD)[RANK].chunk(args.accumulate) for x in batch))
+        for part, some in enumerate(parts, start=1):
             if WORLD > 1:                                     # gradients are averaged once, after the last part
                 forward.require_backward_grad_sync = part == args.accumulate
             with autocast:
-                _, losses = forward(c, m, t, depth_frames=depth_frames)           # (K,)
-            share = counted(t, depth_frames) / n_all          # means over the batch, not over its parts
+                _, losses = forward(*(move(x, device) for x in some), depth_frames=move(depth_frames, device))    # (K,)
+            # clips shorter than the context are padded, so parts hold unequal numbers of targets: weighed by its share
+            # of them, the means of all parts and processes add up to the means over the batch
+            share = counted(some[2], depth_frames) / n_targets.clamp(min=1)
             loss = losses[0] * share[0] + (losses[1:].mean() * share[1] if len(losses) > 1 else 0)
             (loss * WORLD).backward()                         # the processes' gradients will be averaged, not summed
             loss_sum += loss.detach()

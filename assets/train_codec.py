@@ -52,9 +52,9 @@ WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features"
 OFTEN = {1: 0.2, 2: 0.3, 4: 0.2, 8: 0.3}                      # codebooks a clip is decoded from, and how often so many
 PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # of each: the fraction of the steps at which it ends, and
           (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # the learning rates of encoder and decoder
-SHAPE = dict(n_filters=16, dimension=132, lstm=2)             # of the networks; their 132 latents a frame are
-WAVEFORM, ENVELOPE, COUNT = slice(0, 112), slice(112, 128), slice(128, 132)      # for the waveform, for its spectral
-                                                              # envelope, and to say how many codebooks are heard
+SHAPE = dict(n_filters=16, dimension=132, lstm=2)             # of the networks
+# their 132 latents a frame: for the waveform, for its spectral envelope, and to say how many codebooks are heard
+WAVEFORM, ENVELOPE, COUNT = slice(0, 112), slice(112, 128), slice(128, 132)
 WHITEN = 0.6                                                  # how much of the last frame `Envelope` takes off
 NOISE = 0.09                                                  # standard deviation, about what one codebook leaves over
 SAVE_EVERY = 120                                              # seconds
@@ -130,14 +130,14 @@ def initialise(model, wave):
             conv = layer.conv.conv
             (n_out, n_in, kernel), stride = conv.weight.shape, conv.stride[0]
             conv.weight /= layer(x).std()
-            if n_in == 1:
-                basis = torch.full((1, 1, 1), SMALL)                          # the waveform itself, in channel 0
+            if n_in == 1:                                                     # the waveform itself, in channel 0:
+                basis, back = torch.full((1, 1, 1), SMALL), torch.full((1, 1, 1), 1 / SMALL)          # 0.1 in, 10 out
                 conv.weight *= LOUD
             else:
                 patches = x[:, :linear].unfold(2, stride, stride).transpose(1, 2).flatten(2).flatten(0, 1)    # (n, C*r)
                 _, vectors = torch.linalg.eigh(patches.T @ patches)           # columns, by rising eigenvalue
-                basis = vectors.flip(1)[:, :n_out * 3 // 4].T.reshape(-1, linear, stride)     # the rest is free
-            mirror.append(basis if n_in > 1 else basis / SMALL ** 2)               # 0.1 in, 10 out
+                basis = back = vectors.flip(1)[:, :n_out * 3 // 4].T.reshape(-1, linear, stride)      # the rest is free
+            mirror.append(back)
             plant(conv, conv.weight, basis, slice(kernel - stride, None))     # the newest taps
             linear = len(basis)
         start_as_identity(layer, linear)
@@ -190,9 +190,9 @@ def described(rest, k, first):
 def count_latents(counts):
     """Numbers of codebooks (B,) -> the last latents of a decoder that hears so many, (B, 4).
 
-    What the decoder should make of a rough waveform depends on how many codebooks it is made of. So all words of
-    codebook 1 hold 1/4 in the first of these latents, those of 2, 3 and 5 in one of the others: the sum that the
-    decoder is given counts by itself, and no choice of a word changes."""
+    The decoder should treat a rough waveform unlike a fine one. So every vector of codebook 1 holds 1/4 in the first of
+    these latents, those of 2, 3 and 5 hold it in one of the others: the sum that the decoder is given tells how many
+    were added. Within a codebook all agree there, so it changes no choice."""
     return torch.stack([counts > n for n in (0, 1, 2, 4)], dim=1) / 4
 
 
@@ -222,7 +222,7 @@ def follow(book, index, x, decay=0.99):
     """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,).
 
     cluster_size counts how often a code is used, 1 on average, and embed_avg sums up what for."""
-    # as a matrix, and with a spare vector for every code: to count codes or list dead ones a CPU would wait for a GPU
+    # one-hot products and torch.where, no bincount or list of dead codes: for those a CPU would wait for the GPU
     assigned = F.one_hot(index, CODEBOOK_SIZE).type_as(x) * (CODEBOOK_SIZE / len(x))      # (n, 1024)
     book.cluster_size.lerp_(assigned.sum(0), 1 - decay)
     book.embed_avg.lerp_(assigned.T @ x, 1 - decay)
@@ -261,15 +261,15 @@ class Envelope:
     """wave (B, N) -> targets for 16 latents, (B, 16, T): the spectral envelope, part of what is predictable taken off.
 
     The 16 strongest principal components of log-mel frames (one per code; the window ends where its samples do), less
-    `whiten` times those of the frame before. A code is chosen without regard to its neighbours, so whatever repeats
+    WHITEN times those of the frame before. A code is chosen without regard to its neighbours, so whatever repeats
     from frame to frame is paid for in each; with all of it taken off, the decoder, which adds the frames up again,
     would add up their errors too. The best lies in between, as in half-whitening (Costas, Coding with linear systems,
     1952). Fitted to some audio (B, N), where the variances of the targets sum to 1."""
 
-    def __init__(self, wave, whiten=WHITEN, window=HANN):
-        self.whiten, self.window = whiten, window
+    def __init__(self, wave, window=HANN):
+        self.window, self.scale = window, 1.0
         bands = self.bands(wave).flatten(0, 1)
-        self.mean, self.scale = bands.mean(0), 1.0
+        self.mean = bands.mean(0)
         directions = torch.linalg.eigh(torch.cov(bands.T))[1].flip(1)                 # columns, by falling variance
         self.basis = directions[:, :ENVELOPE.stop - ENVELOPE.start]                   # (80, 16)
         self.scale = self(wave)[..., 1:].var((0, 2)).sum().rsqrt()
@@ -280,7 +280,7 @@ class Envelope:
 
     def __call__(self, wave):
         components = ((self.bands(wave) - self.mean) @ self.basis).transpose(1, 2) * self.scale
-        return components - self.whiten * F.pad(components, (1, 0))[..., :-1]
+        return components - WHITEN * F.pad(components, (1, 0))[..., :-1]
 
 
 def mel_loss(out, wave):
@@ -392,7 +392,7 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
             target = frozen(wave[:, None])
         losses["waveform"] = (leaf - target)[:, WAVEFORM].square().mean()
         losses["commitment"] = (spectral - first[:, ENVELOPE]).square().mean()                # be near a code
-        # adds nothing, and a derivative of 1: what the decoder asks of the code, the encoder hears as asked of itself
+        # straight-through: adds zero, but hands the decoder's gradient at the code on to the encoder's latents
         heard = heard + alone(spectral - spectral.detach())
     at_latents = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
     if phase > 1:

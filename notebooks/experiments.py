@@ -69,7 +69,7 @@ RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds chec
 COARSE, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
 HEARD = [*COARSE, "--mel-codebooks", "8"]
 REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt"                       # by refit_codec.py
-            for first in ("whole", "waveform", "hann", "late", "plain")}
+            for first in ("whole", "waveform", "hann", "late")}
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
 NANO, NANO_GPT = COARSE[:2], GPT[:2]
 SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")

@@ -10,11 +10,10 @@ fitted anew by k-means, the first one to other latents of a frame:
 
     whole       all of them, envelope and waveform alike, as an RVQ usually is
     waveform    those of the waveform
-    hann        those of the envelope, as in `mini`: what the next two are to be compared with
+    hann        those of the envelope, as in `mini`: what the next is to be compared with
     late        the envelope, as mel.py's window hears it: the code's own samples
-    plain       the envelope, with nothing taken off that is predictable from the frame before
 
-For the last three the encoder learns its targets first, from where `mini` left it. The decoder has not been trained for
+For the last two the encoder first learns its targets, from where `mini` left it. The decoder has not been trained for
 any of these: they are there to be predicted, not to be heard.
 """
 import argparse
@@ -28,18 +27,18 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
 from experiments import REFITTED
-from mel import HOP, SAMPLE_RATE, WINDOW
+from mel import HANN, HOP, SAMPLE_RATE, WINDOW
 from model import save
 from tokens import MINI, load_codec
 from train_codec import ENVELOPE, SHAPE, WAVEFORM, Envelope, batch, fit_codebooks, load
 
 FIRST = {"whole": slice(0, SHAPE["dimension"]), "waveform": WAVEFORM}
-TARGETS = {"hann": {}, "late": {"window": WINDOW}, "plain": {"whiten": 0.0}}          # of `Envelope`
+WINDOWS = {"hann": HANN, "late": WINDOW}
 STEPS = 800
 
 
 def learn(encoder, train, envelope):
-    """Train the encoder to write another envelope into its latents; prints how much of its variance is missed."""
+    """Train the encoder to write an `Envelope` into its latents; prints how much of its variance is missed."""
     optimizer = torch.optim.AdamW(encoder.requires_grad_(True).parameters(), weight_decay=0.0)
     missed = []
     for step in range(STEPS):
@@ -67,8 +66,8 @@ def main():
     torch.manual_seed(0)
     torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
     waves = batch(train, np.random.default_rng(0), 256, 4 * SAMPLE_RATE)
-    if args.first in TARGETS:
-        learn(model.encoder, train, Envelope(waves[:64], **TARGETS[args.first]))
+    if args.first in WINDOWS:
+        learn(model.encoder, train, Envelope(waves[:64], WINDOWS[args.first]))
     with torch.no_grad():
         latents = torch.cat([model.encoder(some).mT.flatten(0, 1) for some in waves[:, None].split(16)])
     fit_codebooks(model.quantizer, latents, FIRST.get(args.first, ENVELOPE))

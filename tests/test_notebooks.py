@@ -270,11 +270,18 @@ def test_closeness_hears_log_mel_and_its_change():
     torch.testing.assert_close(covariance, torch.cov(vectors.T))
 
 
-@pytest.mark.parametrize("first, heard", [("whole", [True, True]), ("waveform", [True, False])])
-def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, first, heard):
+@pytest.mark.parametrize("first, heard", [("whole", [True, True]), ("waveform", [True, False]),
+                                          ("hann", [False, True]), ("late", [False, True])])
+def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, capsys, first, heard):
     monkeypatch.setattr(refit_codec, "ROOT", tmp_path)
     monkeypatch.setattr(refit_codec, "load", lambda folders: (folders, None))
-    monkeypatch.setattr(refit_codec, "batch", lambda *_: 0.1 * torch.randn(4, 4 * SAMPLE_RATE))
+    monkeypatch.setattr(refit_codec, "STEPS", 100)
+    made = []
+
+    def batch(folders, rng, n, n_samples):
+        made.append(0.1 * torch.randn(4, 4 * SAMPLE_RATE) if n == 256 else 0.1 * torch.randn(2, 10 * 320))
+        return made[-1]
+    monkeypatch.setattr(refit_codec, "batch", batch)
     monkeypatch.setattr(sys, "argv", ["refit_codec.py", first])
     refit_codec.main()
     codec, mini = load_codec(tmp_path / experiments.REFITTED[first]), load_codec("mini")
@@ -282,5 +289,10 @@ def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, f
     assert [bool(book[:, part].std() > 0) for part in (refit_codec.WAVEFORM, train_codec.ENVELOPE)] == heard
     assert (book[:, train_codec.COUNT] == mini.vectors[0][:, train_codec.COUNT]).all()        # how many are heard
     wave = 0.1 * torch.randn(1, SAMPLE_RATE)
-    assert torch.equal(codec.model.encoder(wave[None]), mini.model.encoder(wave[None]))
     assert codec.encode(wave).unique().numel() > 100
+    if first in refit_codec.WINDOWS:                                              # the encoder has learnt something
+        target = train_codec.Envelope(made[0], refit_codec.WINDOWS[first])(wave)[..., 3:]
+        missed = [(c.model.encoder(wave[None])[:, train_codec.ENVELOPE, 3:] - target).square().mean() for c in (codec, mini)]
+        assert missed[0] < 0.8 * missed[1]
+    else:
+        assert len(made) == 1 and torch.equal(codec.model.encoder(wave[None]), mini.model.encoder(wave[None]))

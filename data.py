@@ -45,7 +45,7 @@ from model import IGNORE, START
 from tokens import CODEBOOK_SIZE
 
 ASSETS = Path(__file__).parent / "assets"
-MEL = ("mel_codebooks", "latents", "lookahead", "window")      # what makes one mel another: arguments of `prepare`
+MEL_OPTIONS = ("mel_codebooks", "latents", "lookahead", "window")      # of `prepare`: what makes one mel another
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
@@ -307,7 +307,7 @@ def _encode_batch(home, folder, files, codec, made_with, batch):
     """
     # a name of its own for each process: one whose parent was killed may still be at work
     parts, results = [home / f"{i}.{os.getpid()}.part" for i in batch], {}
-    mel_is = {name: made_with[name] for name in MEL}
+    mel_is = {name: made_with[name] for name in MEL_OPTIONS}
     try:
         out = [open(part, "wb") for part in parts]
         for i, codes, mel, ended, problem in encode_files([folder / files[i][0] for i in batch], codec, **mel_is):

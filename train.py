@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from corpora import CORPORA, DISK_FULL
-from data import MEL, DataError, prepare
+from data import MEL_OPTIONS, DataError, prepare
 from mel import WINDOW
 from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
                    load_checkpoint, save, to_checkpoint)
@@ -44,7 +44,7 @@ DEPTH_EVERY = 8                      # a step learns the finer codes of every ei
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
-SHOWN = ("dataset", "codec", *MEL)   # options that say what a model is shown; out.pt and every result name them
+SHOWN = ("dataset", "codec", *MEL_OPTIONS)           # what a model is shown; out.pt and every result name these options
 MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile")                  # those that --resume may change
 NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")           # those that it does not remember
 BESIDE_EVAL = {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"} - {"latents"}        # that go with --eval
@@ -176,7 +176,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     return {**figures, "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.tolist()}
 
 
-def counted(targets, depth_frames):
+def count_targets(targets, depth_frames):
     """How many frames of targets (B, K, T) count for the coarse code, and how many for the finer ones: (2,)."""
     counts = targets[:, 0] != IGNORE
     return torch.stack([counts.sum(), counts[:, depth_frames].sum()])
@@ -253,7 +253,7 @@ def score(args, device):
     model, checkpoint = load_checkpoint(args.eval, device)
     vars(args).update({name: checkpoint[name] for name in SHOWN if name not in args.given})
     codec = its_codec(checkpoint, args.eval, device, args.codec, args.codec_dir)
-    data = prepare(args.dataset, codec, **{name: getattr(args, name) for name in MEL})
+    data = prepare(args.dataset, codec, **{name: getattr(args, name) for name in MEL_OPTIONS})
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     figures = evaluate(model, data, args.batch_size, autocast)
     print(json.dumps({"checkpoint": args.eval, **{name: getattr(args, name) for name in SHOWN}, "codec": codec.name,
@@ -317,7 +317,7 @@ def main():
     if not os.access(out.parent, os.W_OK):                    # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
     # one process prepares, the others wait for its lock
-    data = prepare(args.dataset, codec, **{name: getattr(args, name) for name in MEL})
+    data = prepare(args.dataset, codec, **{name: getattr(args, name) for name in MEL_OPTIONS})
     unigram = 0.0 if RANK else data.unigram_nll()             # reads all codes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
@@ -426,7 +426,7 @@ def main():
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
         # each step another offset: many crops begin with a clip, and else most frames near its start would not come up
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
-        n_targets, loss_sum = counted(batch[2], depth_frames), 0.0                # (2,)
+        n_targets, loss_sum = count_targets(batch[2], depth_frames), 0.0          # (2,)
         # of the batch this process's rows, of these --accumulate parts
         parts = zip(*(x.chunk(WORLD)[RANK].chunk(args.accumulate) for x in batch))
         for part, some in enumerate(parts, start=1):
@@ -436,7 +436,7 @@ def main():
                 _, losses = forward(*(move(x, device) for x in some), depth_frames=move(depth_frames, device))    # (K,)
             # clips shorter than the context are padded, so parts hold unequal numbers of targets: weighed by its share
             # of them, the means of all parts and processes add up to the means over the batch
-            share = counted(some[2], depth_frames) / n_targets.clamp(min=1)
+            share = count_targets(some[2], depth_frames) / n_targets.clamp(min=1)
             loss = losses[0] * share[0] + (losses[1:].mean() * share[1] if len(losses) > 1 else 0)
             (loss * WORLD).backward()                         # the processes' gradients will be averaged, not summed
             loss_sum += loss.detach()

@@ -11,7 +11,7 @@ fitted anew by k-means, the first one to other latents of a frame:
     whole       all of them, envelope and waveform alike, as an RVQ usually is
     waveform    those of the waveform
     hann        those of the envelope, as in `mini`: what the next is to be compared with
-    late        the envelope, as mel.py's window hears it: the code's own samples
+    late        the envelope, as mel.py's window hears it, late: the code's own samples
 
 For the last two the encoder first learns its targets, from where `mini` left it. The decoder has not been trained for
 any of these: they are there to be predicted, not to be heard.

@@ -23,6 +23,7 @@ A batch is a pure function of seed, step, size and context: the same for every m
 crop of one clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding, whose
 targets do not count. The first position of a clip is START, so the model is always told that there is nothing before.
 """
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -309,18 +310,19 @@ def _encode_batch(home, folder, files, codec, made_with, batch):
     parts, results = [home / f"{i}.{os.getpid()}.part" for i in batch], {}
     mel_is = {name: made_with[name] for name in MEL_OPTIONS}
     try:
-        out = [open(part, "wb") for part in parts]
-        for i, codes, mel, ended, problem in encode_files([folder / files[i][0] for i in batch], codec, **mel_is):
-            out[i].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
-            if ended:
-                out[i].flush()
-                os.fsync(out[i].fileno())                     # or a power cut might leave an empty .clip
-                out[i].close()
-                if problem:
-                    parts[i].unlink()
-                else:
-                    os.replace(parts[i], home / f"{batch[i]}.clip")
-                results[batch[i]] = problem
+        with contextlib.ExitStack() as stack:
+            out = [stack.enter_context(open(part, "wb")) for part in parts]
+            for i, codes, mel, ended, problem in encode_files([folder / files[i][0] for i in batch], codec, **mel_is):
+                out[i].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
+                if ended:
+                    out[i].flush()
+                    os.fsync(out[i].fileno())                 # or a power cut might leave an empty .clip
+                    out[i].close()
+                    if problem:
+                        parts[i].unlink()
+                    else:
+                        os.replace(parts[i], home / f"{batch[i]}.clip")
+                    results[batch[i]] = problem
     except OSError as error:                                  # what cannot be read is a problem, and no OSError
         return error
     return results

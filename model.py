@@ -367,7 +367,7 @@ def load_checkpoint(path, device="cpu"):
             model = HybridGPT(Config(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
     except FileNotFoundError as error:
-        raise CheckpointError(f"no checkpoint {path}: train.py writes one") from error
+        raise CheckpointError(f"no checkpoint '{path}': train.py writes one") from error
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
         raise CheckpointError(f"{path} is not a whole checkpoint written by train.py "
                               f"({type(error).__name__})") from error

@@ -84,7 +84,7 @@ def parse_arguments():
     add("--accumulate", type=int, default=1,
         help="split each batch into so many parts, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate; warm-up, then cosine to a tenth (default: 1.2e-2 for the "
-        "nano models, the best of four at 300 steps, 1e-3 for larger ones; in 400 steps 3e-3 to 6e-3 were better)")
+        "nano models, the best of four at 300 steps, 1e-3 for larger ones; in 400 steps 3e-3 to 6e-3 were best)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
@@ -227,8 +227,8 @@ def interrupted(args, last, device):
     for those of MAY_MOVE that are given now."""
     model, checkpoint = load_checkpoint(last, device)
     if "log_size" not in checkpoint:
-        raise CheckpointError(f"{last} holds a model but no training state: --resume needs the one that an "
-                              "interrupted run leaves beside --out")
+        raise CheckpointError(f"{last} holds no training state, or that of an older version: --resume needs the one "
+                              "that an interrupted run leaves beside --out")
     for name in sorted(args.given & checkpoint["args"].keys() - set(MAY_MOVE)):
         if getattr(args, name) != checkpoint["args"][name]:
             sys.exit(f"error: --{name.replace('_', '-')} differs from the run in {last} "

@@ -265,12 +265,12 @@ Gain = namedtuple("Gain", "by_seed mean low high")            # in nats; low and
 
 
 def gain(runs, twins, shown="0"):
-    """What runs gain over the twins of the same seeds, in nats, a `Gain`, or None without scores.
+    """What runs gain over the twins of the same seeds and codes, in nats, a `Gain`, or None without scores.
 
     shown: the codebooks whose mel the hybrid is shown."""
-    twins = {b["seed"]: b["scores"]["0"] for b in twins if "scores" in b}
-    pairs = [(a["scores"][shown], twins[a["seed"]]) for a in runs
-             if shown in a.get("scores", ()) and a["seed"] in twins]
+    of = lambda run: (run["seed"], run["codec_checksum"])
+    twins = {of(b): b["scores"]["0"] for b in twins if "scores" in b}
+    pairs = [(a["scores"][shown], twins[of(a)]) for a in runs if shown in a.get("scores", ()) and of(a) in twins]
     if pairs:
         by_clip = [np.subtract(b["clip_nll"], a["clip_nll"]) for a, b in pairs]
         return Gain([b["val_nll"] - a["val_nll"] for a, b in pairs], *bootstrap(by_clip, pairs[0][1]["clip_targets"]))

@@ -1,12 +1,12 @@
 """
 refit_codec.py: `mini` with another first codebook: does the mel gain so much because of what that one describes?
 
-    python notebooks/refit_codec.py late                      ten minutes -> runs/late-da13ab60.pt
+    python notebooks/refit_codec.py late --data FOLDER ...    ten minutes -> runs/late-da13ab60.pt
     python notebooks/experiments.py speech music --only codec
 
-The first codebook of `mini` describes the spectral envelope alone, and that as a Hann window of 1024 samples hears it,
-which ends with the code's own 320 samples and is nearly deaf there (assets/train_codec.py). Here all codebooks are
-fitted anew by k-means, the first one to other latents of a frame:
+The first codebook of `mini` describes the spectral envelope alone, and was taught it as a Hann window of 1024 samples
+hears it, which ends with the code's own 320 samples and is nearly deaf there (assets/train_codec.py). Here all
+codebooks are fitted anew by k-means, the first one to other latents of a frame:
 
     whole       all of them, envelope and waveform alike, as an RVQ usually is
     waveform    those of the waveform

@@ -408,6 +408,7 @@ def main():
         if (due or stop) and RANK == 0:
             content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
                                     seconds=seconds, best=best, log_size=log_size, args=options, **facts)
+            os.fsync(log.fileno())                            # after a power cut, too, it is as long as `last` says
             save(last, content)
             time_logged, tokens_logged = time.time(), tokens_seen                 # no part of the rate
         if stop:

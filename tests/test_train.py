@@ -364,6 +364,21 @@ def test_resuming_without_a_state_is_refused_and_makes_no_file(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_remembers_its_length(run, tmp_path, monkeypatch):
+    done, log = [], tmp_path / "out.jsonl"
+    is_log = lambda file: log.exists() and os.path.samestat(os.fstat(file), log.stat())
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(is_log(file)))
+    monkeypatch.setattr("model.save", lambda path, content: (done.append(path.name), save(path, content)))
+    assert run(tmp_path).code == 0
+    saves = [i for i, what in enumerate(done) if what == "out.last.pt"]
+    assert len(saves) == 3 and all(done[i - 1] is True for i in saves)
+
+
+def test_resuming_from_a_model_without_training_state_is_refused(run, trained, tmp_path):
+    shutil.copy(trained / "out.pt", tmp_path / "out.last.pt")
+    assert_refused(run(tmp_path, "--resume", small=False), "out.last.pt holds no training state")
+
+
 def test_resuming_after_the_data_changed_is_refused(run, clips, tmp_path):
     folder = write_clips(tmp_path / "own", [0.5, 0.5, 0.6])
     run(tmp_path, "--dataset", folder)

@@ -162,6 +162,9 @@ def run(dataset, model, lr, seed, device="cpu"):
     name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
     result = RESULTS / f"{name}.json"
     if not read(result):
+        for first, codec in REFITTED.items():
+            if codec in MODELS[model] and not (ROOT / codec).exists():
+                raise RuntimeError(f"no {codec}: make it with python notebooks/refit_codec.py {first}")
         out = RUNS / f"{name}.pt"
         place = dataset if dataset == label(dataset) else str(Path(dataset).expanduser().resolve())
         options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", device]

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
+from data import DataError
 from experiments import REFITTED
 from mel import HANN, HOP, SAMPLE_RATE, WINDOW
 from model import save
@@ -61,7 +62,10 @@ def main():
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "assets/speech"), str(ROOT / "assets/music")],
                         help="folders of audio (default: the bundled ones)")
     args = parser.parse_args()
-    train, _ = load(args.data)
+    try:
+        train, _ = load(args.data)
+    except DataError as error:
+        sys.exit(f"error: {error}")
     model = load_codec("mini").model
     torch.manual_seed(0)
     torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU

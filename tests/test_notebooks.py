@@ -20,7 +20,7 @@ import closeness                                                       # noqa: E
 import experiments                                                     # noqa: E402
 import refit_codec                                                     # noqa: E402
 import train_codec                                                     # noqa: E402
-from mel import HANN, SAMPLE_RATE, log_mel                             # noqa: E402
+from mel import HANN, WINDOW, log_mel                                  # noqa: E402
 from tokens import load_codec                                          # noqa: E402
 
 
@@ -272,16 +272,30 @@ def test_closeness_hears_log_mel_and_its_change():
     torch.testing.assert_close(covariance, torch.cov(vectors.T))
 
 
+def test_a_codec_that_has_to_be_made_first_is_named(monkeypatch, tmp_path):
+    for folder in ("ROOT", "RESULTS", "RUNS"):
+        monkeypatch.setattr(experiments, folder, tmp_path)
+    with pytest.raises(RuntimeError, match="no runs/late-.*: make it with python notebooks/refit_codec.py late"):
+        experiments.run("speech", "coarse-late", "1.2e-2", 0)
+
+
+def test_a_codec_fitted_to_nothing_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["refit_codec.py", "late", "--data", str(tmp_path / "gone")])
+    with pytest.raises(SystemExit, match="^error: no dataset '.*gone'"):
+        refit_codec.main()
+
+
 @pytest.mark.parametrize("first, heard", [("whole", [True, True]), ("waveform", [True, False]),
                                           ("hann", [False, True]), ("late", [False, True])])
-def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, capsys, first, heard):
+def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, first, heard):
     monkeypatch.setattr(refit_codec, "ROOT", tmp_path)
     monkeypatch.setattr(refit_codec, "load", lambda folders: (folders, None))
     monkeypatch.setattr(refit_codec, "STEPS", 100)
+    bursts = lambda n, frames: 0.05 * torch.randn(n, frames * 320) * torch.randn(n, frames).exp().repeat_interleave(320, 1)
     made = []
 
     def batch(folders, rng, n, n_samples):
-        made.append(0.1 * torch.randn(4, 4 * SAMPLE_RATE) if n == 256 else 0.1 * torch.randn(2, 10 * 320))
+        made.append(bursts(4, 300) if n == 256 else bursts(2, 20))
         return made[-1]
     monkeypatch.setattr(refit_codec, "batch", batch)
     monkeypatch.setattr(sys, "argv", ["refit_codec.py", first])
@@ -290,11 +304,13 @@ def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, c
     book = codec.vectors[0]
     assert [bool(book[:, part].std() > 0) for part in (refit_codec.WAVEFORM, train_codec.ENVELOPE)] == heard
     assert (book[:, train_codec.COUNT] == mini.vectors[0][:, train_codec.COUNT]).all()        # how many are heard
-    wave = 0.1 * torch.randn(1, SAMPLE_RATE)
+    wave = bursts(1, 75)
     assert codec.encode(wave).unique().numel() > 100
-    if first in refit_codec.WINDOWS:                                              # the encoder has learnt something
-        target = train_codec.Envelope(made[0], refit_codec.WINDOWS[first])(wave)[..., 3:]
-        missed = [(c.model.encoder(wave[None])[:, train_codec.ENVELOPE, 3:] - target).square().mean() for c in (codec, mini)]
-        assert missed[0] < 0.8 * missed[1]
+    windows = {"hann": HANN, "late": WINDOW}
+    if first in windows:                                                          # the encoder has learnt that one
+        latents = codec.model.encoder(wave[None])[:, train_codec.ENVELOPE, 3:]
+        missed = {name: (latents - train_codec.Envelope(made[0], window)(wave)[..., 3:]).square().mean()
+                  for name, window in windows.items()}
+        assert missed[first] < 0.3 * max(missed.values())
     else:
         assert len(made) == 1 and torch.equal(codec.model.encoder(wave[None]), mini.model.encoder(wave[None]))

@@ -121,7 +121,7 @@ def mel_power(segments, n_mels=N_MELS, window=None):
     for some in segments.split(at_once, dim=-2):
         spectrum = torch.fft.rfft(some * weights)                             # (..., t, n_fft // 2 + 1)
         power.append((spectrum.real.square() + spectrum.imag.square()) @ filterbank)
-    return torch.cat(power, dim=-2)
+    return torch.cat(power, dim=-2) if len(power) > 1 else power[0]
 
 
 def log_mel(wave, lookahead=0, window=WINDOW):

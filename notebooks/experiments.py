@@ -16,7 +16,7 @@ gap       what is gained with the recording's mel, and what is left of it with t
           `coarse-gpt`, and `coarse-heard`, trained on the mel of what eight codebooks decode to; `nano`, trained on
           that mel, too, and `nano-gpt`. Hybrids are scored with the mel of the original, of eight codebooks and of one
 window    `coarse` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our
-          kind; one seed, as all but gap, streams, longer, shipped, short, codec and paper: exploratory
+          kind; one seed, as all but gap, streams, longer, shipped, short, codec, paper and scale: exploratory
 leak      `coarse` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which
           shows what of their gain is no leak
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel all eight codes as
@@ -38,6 +38,7 @@ codec     `coarse` and `coarse-gpt` with the codes of codecs whose first codeboo
           refit_codec.py makes them
 paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
           rates, and `hybrid-heard`, with that of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
+scale     the same five for three hours of audio, 1,200 steps; and `hybrid` and `gpt-m` with the codes of `late`
 
 A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
@@ -73,8 +74,9 @@ REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt"                       # 
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
 NANO, NANO_GPT = COARSE[:2], GPT[:2]
 SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")
-PAPER = ["--n-codebooks", "1", "--context", "256", "--batch-size", "32", "--steps", "400", "--eval-every", "50",
-         "--dtype", "bfloat16"]
+PAPER, SCALE = (["--n-codebooks", "1", "--context", "256", "--batch-size", "32", "--steps", steps, "--eval-every",
+                 every, "--dtype", "bfloat16", *more]
+                for steps, every, more in (("400", "50", []), ("1200", "100", ["--compile"])))
 EXPERIMENTS = {                                               # question: {model: options of train.py}
     "gap": {**TRIO, "nano": NANO, "nano-gpt": NANO_GPT},
     "window": {f"coarse-window{rise + fall}": [*COARSE, "--window", str(rise), str(fall)]
@@ -106,16 +108,22 @@ EXPERIMENTS = {                                               # question: {model
     "codec": {f"{name}-{first}": [*options, "--codec", codec] for first, codec in REFITTED.items()
               for name, options in (("coarse", COARSE), ("coarse-gpt", GPT))},
     "paper": {**{name: ["--model", name, *PAPER] for name in SIZES},
-              "hybrid-heard": ["--model", "hybrid", *PAPER, "--mel-codebooks", "8"]}}
+              "hybrid-heard": ["--model", "hybrid", *PAPER, "--mel-codebooks", "8"]},
+    "scale": {**{f"{name}-steps1200": ["--model", name, *SCALE] for name in SIZES},
+              "hybrid-heard-steps1200": ["--model", "hybrid", *SCALE, "--mel-codebooks", "8"],
+              **{f"{name}-late-steps1200": ["--model", name, *SCALE, "--codec", REFITTED["late"]]
+                 for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
 # what a gain is measured against: token-only models, otherwise the same, or that predict as many codes
-TWINS = {model: ["gpt-m", "gpt-s", "gpt-l"] for model in ("hybrid", "hybrid-heard")}
+TWINS = {f"hybrid{mel}{steps}": [f"{gpt}{steps}" for gpt in ("gpt-m", "gpt-s", "gpt-l")]
+         for mel in ("", "-heard") for steps in ("", "-steps1200")}
+TWINS["hybrid-late-steps1200"] = ["gpt-m-late-steps1200"]
 for model, options in MODELS.items():
     if "gpt" not in model and model not in TWINS:
         kind = model.split("-")[0]                            # coarse or nano
         twin = model.replace("-heard", "").replace("-noise", "").replace(kind, f"{kind}-gpt", 1)
         TWINS[model] = [twin if twin in MODELS else f"{kind}-gpt"]
-MANY = ("gap", "streams", "longer", "shipped", "short", "codec", "paper")    # questions asked with several seeds
+MANY = ("gap", "streams", "longer", "shipped", "short", "codec", "paper", "scale")         # asked with several seeds
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -168,7 +176,7 @@ def run(dataset, model, lr, seed, device="cpu"):
         out = RUNS / f"{name}.pt"
         place = dataset if dataset == label(dataset) else str(Path(dataset).expanduser().resolve())
         options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", device]
-        if device != "cpu":                                   # to compile takes longer than these runs
+        if device != "cpu" and "--compile" not in options:    # it takes longer than most of these runs
             options += ["--no-compile", *([] if "--dtype" in options else ["--dtype", "float32"])]
         again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
         legs = out.with_suffix(".commits")                    # a run that was interrupted may owe itself to several
@@ -296,8 +304,9 @@ def main():
         for folder in (RESULTS, RUNS):
             folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            search = [(m, lr) for lr in PAPER_RATES for m in SIZES] * ("paper" in args.only)
-            searched = ["coarse", "coarse-gpt"] * (args.only != ["paper"])
+            search = [(m, lr) for lr in PAPER_RATES for question in ("paper", "scale") if question in args.only
+                      for m in EXPERIMENTS[question] if "-heard" not in m and "-late" not in m]
+            searched = ["coarse", "coarse-gpt"] * bool({*args.only} - {"paper", "scale"})
             searched += ["coarse-codes8"] * ("streams" in args.only)                      # reads something else
             search += [(m, lr) for lr in LEARNING_RATES for m in searched]
             found = list(pool.map(lambda r: run(args.search or args.datasets[0], *r, 0, args.device), search))
@@ -307,8 +316,10 @@ def main():
             for question in args.only:
                 seeds = range(args.seeds if question in MANY else 1)
                 for model, options in EXPERIMENTS[question].items():
-                    kind = options[1].replace("nano", "coarse")               # the presets were not searched for
-                    lr, width = best.get(model, best[kind]), re.search(r"width(\d+)", model)
+                    like = model.replace("-heard", "").replace("-late", "")   # not searched for, nor are presets:
+                    kind = options[1].replace("nano", "coarse")
+                    lr = next(best[name] for name in (model, like, kind) if name in best)
+                    width = re.search(r"width(\d+)", model)
                     if width:
                         lr = f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}"
                     runs += [(d, model, lr, seed, args.device) for seed in seeds for d in args.datasets]

@@ -164,22 +164,26 @@ def test_a_rate_at_which_training_diverges_counts_with_the_best_before(tmp_path,
         experiments.run("speech", "coarse", "2.4e-2", 0)
 
 
-def test_every_model_runs_at_the_learning_rate_that_was_best_for_its_kind(monkeypatch, tmp_path):
+@pytest.mark.parametrize("question, steps, others", [
+    ("paper", "", ["hybrid-heard"]), ("scale", "-steps1200", ["hybrid-heard", "hybrid-late", "gpt-m-late"])])
+def test_every_model_runs_at_the_learning_rate_that_was_best_for_its_kind(question, steps, others, monkeypatch,
+                                                                          tmp_path):
     best, ran = {"gpt-s": "3e-3", "gpt-m": "6e-3", "hybrid": "1.5e-3", "gpt-l": "3e-3"}, []
 
     def run(dataset, model, lr, seed, device):
         ran.append((dataset, model, lr, seed))
-        return {"best": {"val_nll": 4.0 if lr == best.get(model) else 5.0 + float(lr)}}
+        return {"best": {"val_nll": 4.0 if lr == best.get(model.removesuffix(steps)) else 5.0 + float(lr)}}
     monkeypatch.setattr(experiments, "run", run)
     monkeypatch.setattr(experiments, "score", lambda *_: None)
     for folder in ("RESULTS", "RUNS"):
         monkeypatch.setattr(experiments, folder, tmp_path)
-    monkeypatch.setattr(sys, "argv", ["experiments.py", "speech", "music", "--only", "paper", "--seeds", "2"])
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "speech", "music", "--only", question, "--seeds", "2"])
     experiments.main()
     searched, runs = ran[:12], ran[12:]
     assert {(d, s) for d, _, _, s in searched} == {("speech", 0)} and len(set(searched)) == 12
-    assert sorted(runs) == sorted((d, m, best[m.removesuffix("-heard")], s) for d in ("speech", "music") for s in (0, 1)
-                                  for m in (*best, "hybrid-heard"))
+    kind = lambda model: model.removesuffix("-heard").removesuffix("-late")
+    assert sorted(runs) == sorted((d, m + steps, best[kind(m)], s) for d in ("speech", "music") for s in (0, 1)
+                                  for m in (*best, *others))
 
 
 @pytest.mark.parametrize("folder, label", [("music", "music"), ("/data", "data"), ("/data/music", "data-music"),

@@ -316,9 +316,10 @@ def main():
             for question in args.only:
                 seeds = range(args.seeds if question in MANY else 1)
                 for model, options in EXPERIMENTS[question].items():
-                    like = model.replace("-heard", "").replace("-late", "")   # not searched for, nor are presets:
+                    # one that was not searched for has the rate of what it is a variant of, or of its kind
+                    variant_of = model.replace("-heard", "").replace("-late", "")
                     kind = options[1].replace("nano", "coarse")
-                    lr = next(best[name] for name in (model, like, kind) if name in best)
+                    lr = next(best[name] for name in (model, variant_of, kind) if name in best)
                     width = re.search(r"width(\d+)", model)
                     if width:
                         lr = f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}"

@@ -110,8 +110,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask=None, cache=None):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        (q, k), v = rotate(qkv[:2], rotary), qkv[2]                               # (B, H, T, D) each
+        qk, v = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).split([2, 1])
+        (q, k), v = rotate(qk, rotary), v.squeeze(0)                              # (B, H, T, D) each
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and cache is None)

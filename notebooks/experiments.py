@@ -15,10 +15,11 @@ have that of their kind, but for the four of `paper` and the one of `streams` th
 gap       what is gained with the recording's mel, and what is left of it with the mel that sampling shows: `coarse`,
           `coarse-gpt`, and `coarse-heard`, trained on the mel of what eight codebooks decode to; `nano`, trained on
           that mel, too, and `nano-gpt`. Hybrids are scored with the mel of the original, of eight codebooks and of one
-window    `coarse` with the Hann window of 1024 samples instead of ours, and with a longer and a shorter one of our
-          kind; one seed, as all but gap, streams, longer, shipped, short, codec, paper and scale: exploratory
-leak      `coarse` with Hann windows that look ahead, and with the same windows cut off where the frame ends, which
-          shows what of their gain is no leak
+window    `coarse` with Hann windows of 1024 samples instead of ours: one that ends with the frame, the usual one, which
+          looks 192 samples ahead, and that one cut off where the frame ends, which shows what of its gain is no leak;
+          with the codes of `late`, too (see codec)
+leak      Hann windows that look further ahead, and these cut off, and a longer and a shorter window of our kind; one
+          seed, as fuse, size, steps, noise and context: exploratory
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel all eight codes as
           embeddings, or the codec's own vectors: of the recording, before it is quantised, of one code, of all eight
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `coarse`'s size; four
@@ -69,6 +70,7 @@ from tokens import MINI_SHA256
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
 COARSE, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
 HEARD = [*COARSE, "--mel-codebooks", "8"]
+HANN = ["--window", "512", "512"]
 REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt"                       # by refit_codec.py
             for first in ("whole", "waveform", "hann", "late")}
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
@@ -79,10 +81,14 @@ PAPER, SCALE = (["--n-codebooks", "1", "--context", "256", "--batch-size", "32",
                 for steps, every, more in (("400", "50", []), ("1200", "100", ["--compile"])))
 EXPERIMENTS = {                                               # question: {model: options of train.py}
     "gap": {**TRIO, "nano": NANO, "nano-gpt": NANO_GPT},
-    "window": {f"coarse-window{rise + fall}": [*COARSE, "--window", str(rise), str(fall)]
-               for rise, fall in ((512, 512), (960, 32), (288, 32))},
-    "leak": {f"coarse-{how}{n}": [*COARSE, "--window", "512", "512", "--lookahead", f"{sign}{n}"]
-             for n in (192, 352, 512) for how, sign in (("leak", ""), ("cut", "-"))},
+    "window": {f"coarse-{late}{name}": [*COARSE, *HANN, *ahead, *codec]
+               for late, codec in (("", []), ("late-", ["--codec", REFITTED["late"]]))
+               for name, ahead in (("window1024", []), ("leak192", ["--lookahead", "192"]),
+                                   ("cut192", ["--lookahead", "-192"]))},
+    "leak": {**{f"coarse-{how}{n}": [*COARSE, *HANN, "--lookahead", f"{sign}{n}"]
+                for n in (352, 512) for how, sign in (("leak", ""), ("cut", "-"))},
+             **{f"coarse-window{rise + fall}": [*COARSE, "--window", str(rise), str(fall)]
+                for rise, fall in ((960, 32), (288, 32))}},
     "streams": {"coarse-mel": [*COARSE, "--set", "use_codes=False", "n_inner=656"],
                 **{f"coarse-heard{k}": [*COARSE, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
                 "coarse-codes8": [*GPT, "--set", "n_input_codebooks=8"],
@@ -122,8 +128,8 @@ for model, options in MODELS.items():
     if "gpt" not in model and model not in TWINS:
         kind = model.split("-")[0]                            # coarse or nano
         twin = model.replace("-heard", "").replace("-noise", "").replace(kind, f"{kind}-gpt", 1)
-        TWINS[model] = [twin if twin in MODELS else f"{kind}-gpt"]
-MANY = ("gap", "streams", "longer", "shipped", "short", "codec", "paper", "scale")         # asked with several seeds
+        TWINS[model] = [twin if twin in MODELS else f"{kind}-gpt" + "-late" * ("-late-" in model)]
+MANY = ("gap", "window", "streams", "longer", "shipped", "short", "codec", "paper", "scale")           # several seeds
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]

@@ -110,8 +110,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask=None, cache=None):
         B, T, C = x.shape
-        qk, v = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).split([2, 1])
-        (q, k), v = rotate(qk, rotary), v.squeeze(0)                              # (B, H, T, D) each
+        q, k, v = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)         # (B, H, T, D) each
+        q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and cache is None)
@@ -198,9 +198,11 @@ class HybridGPT(nn.Module):
                 Block(c.n_mel_embd, 2 * c.n_mel_embd, head_dim, c.dropout) for _ in range(c.n_mel_layer))
             width = c.n_mel_embd + c.n_embd * (c.use_codes and c.fuse == "concat")
             self.fuse = nn.Linear(width, c.n_embd, bias=False)
+            if not c.use_codes:                               # no embedding of START, and no mel there
+                self.start_embedding = nn.Embedding(1, c.n_embd)
         self.blocks = nn.ModuleList(Block(c.n_embd, c.n_inner, head_dim, c.dropout) for _ in range(c.n_layer))
         self.head = nn.Linear(c.n_embd, CODEBOOK_SIZE, bias=False)
-        if c.n_codebooks > 1:                                 # codebooks 2 to K, each its own embedding and head
+        if c.n_codebooks > 1:                                 # embeddings of codebooks 1 to K - 1, heads of 2 to K
             finer = c.n_codebooks - 1
             self.depth_in = nn.Linear(c.n_embd, c.n_depth_embd, bias=False)
             self.depth_embedding = nn.Parameter(torch.empty(finer, CODEBOOK_SIZE, c.n_depth_embd))
@@ -217,7 +219,7 @@ class HybridGPT(nn.Module):
         # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too.
         # finer_embedding and depth_embedding stay small: thousands of rarely used random vectors, which at full size
         # drown what they are added to until each is learnt
-        for name in ("mel_in", "code_embedding", "fuse", "depth_in"):
+        for name in ("mel_in", "code_embedding", "start_embedding", "fuse", "depth_in"):
             if layer := getattr(self, name, None):
                 n_terms = getattr(layer, "in_features", 1)    # of variance 1, which it sums; an embedding has only one
                 nn.init.normal_(layer.weight, std=n_terms ** -0.5)
@@ -283,7 +285,7 @@ class HybridGPT(nn.Module):
         if self.config.use_codes:
             x = self.code_embedding(codes[:, 0])                                  # (B, T, n_embd)
             for k in range(1, self.config.n_input_codebooks):
-                x = x + self.finer_embedding[k - 1][codes[:, k]].masked_fill(at_start, 0.0)
+                x = x + F.embedding(codes[:, k], self.finer_embedding[k - 1]).masked_fill(at_start, 0.0)
         if self.config.use_mel:
             with torch.autocast(mel.device.type, enabled=False):                  # bfloat16 would blur weak directions
                 mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
@@ -294,7 +296,7 @@ class HybridGPT(nn.Module):
                 m = block(m, rotary, mask, cache)
             m = norm(m)
             if not self.config.use_codes:
-                x = self.fuse(m)
+                x = self.fuse(m) + at_start * self.start_embedding.weight
             elif self.config.fuse == "concat":
                 x = self.fuse(torch.cat([x, m], dim=-1))
             else:
@@ -311,8 +313,8 @@ class HybridGPT(nn.Module):
         Row j of the result is about codebook j + 2, given codes 1 to j + 1; k from 1 to n_codebooks - 1.
         """
         k = codes.shape[1]
-        books = torch.arange(k, device=codes.device)
-        x = self.depth_in(x)[:, None] + self.depth_embedding[books, codes]        # (n, k, n_depth_embd)
+        rows = codes + CODEBOOK_SIZE * torch.arange(k, device=codes.device)       # in all tables, one below the other
+        x = self.depth_in(x)[:, None] + F.embedding(rows, self.depth_embedding.flatten(0, 1))    # (n, k, n_depth_embd)
         rotary = self.rotary[:, :k]
         for block in self.depth_blocks:
             x = block(x, rotary)

@@ -296,11 +296,31 @@ def test_a_token_only_model_never_looks_at_the_mel():
     assert torch.equal(logits_of(model, codes, mel), logits_of(model, codes, mel * torch.nan))
 
 
+def test_gradients_are_the_same_bit_for_bit_with_two_threads():
+    """Or a resumed run could not be the uninterrupted one: index_put_, which indexing with a tensor leads to in the
+    backward pass, adds up in the order in which threads happen to come."""
+    model, threads = HybridGPT(replace(PRESETS["nano"], n_input_codebooks=8)), torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    codes, targets = torch.randint(8, (2, 8, 8, 256), generator=generator)        # few codes: many sums collide
+    mel = torch.randn(8, 256, 80, generator=generator)
+    runs = []
+    try:
+        torch.set_num_threads(2)
+        for _ in range(3):
+            model.zero_grad()
+            model(codes, mel, targets)[1].sum().backward()
+            runs.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    finally:
+        torch.set_num_threads(threads)
+    assert [name for name in runs[0] if any(not torch.equal(run[name], runs[0][name]) for run in runs)] == []
+
+
 def test_a_mel_only_model_looks_at_no_code_but_start():
     model, (codes, mel, _), (codes2, _, _) = make(MEL), inputs(12), inputs(12, seed=2)
     assert torch.equal(logits_of(model, codes, mel), logits_of(model, codes2, mel))
     codes2[:, :, 5] = START
     assert not torch.allclose(logits_of(model, codes, mel)[:, 5], logits_of(model, codes2, mel)[:, 5])
+    assert logits_of(model, codes, mel)[:, 0].std() > 0.01    # the first code of a clip can be learnt, too
 
 
 def test_a_reader_of_three_codebooks_reads_three_but_for_the_start():

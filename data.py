@@ -473,8 +473,8 @@ class Dataset:
 
     def unigram_nll(self):
         """Cross-entropy (nats) of the validation targets under add-one counts of the training targets."""
-        codes = self.codes
-        train, val = (sum(np.bincount(codes[start:end, 0], minlength=CODEBOOK_SIZE)[:CODEBOOK_SIZE]
+        # self.codes anew for every clip: what one map has read would stay in memory
+        train, val = (sum(np.bincount(self.codes[start:end, 0], minlength=CODEBOOK_SIZE)[:CODEBOOK_SIZE]
                           for start, end in clips) for clips in (self.train, self.val))
         log_p = np.log((train + 1) / (train.sum() + CODEBOOK_SIZE))
         return float(-(val * log_p).sum() / val.sum())

@@ -16,7 +16,8 @@ while sampling. `lookahead` lets the window reach past on purpose, to measure ho
 
 The other is *where* in it a frame listens. The usual Hann window of 1024 samples is nearly deaf at its end, and that
 is where the frame's own 320 samples are: they get a tenth of its energy (weights squared). Ours rises for 480 samples
-and falls in the last 32: the frame's own get 97 %, and earlier frames have heard the rest. Speech coders, which can
+and falls in the last 32: the frame's own get 97 %, and earlier frames have heard the rest. The 512 before that get no
+weight; with them the spectrum is sampled finely enough for the narrow low bands. Speech coders, which can
 hardly wait either, use such asymmetric windows (ITU-T G.729, 3.2.1: with 5 ms of the future; ours has none).
 
     >>> log_mel(torch.randn(24000)).shape
@@ -31,8 +32,7 @@ import torch.nn.functional as F
 SAMPLE_RATE = 24_000                 # Hz, EnCodec's
 HOP = 8 * 5 * 4 * 2                  # 320 samples: the product of EnCodec's strides
 FRAME_RATE = SAMPLE_RATE // HOP      # 75 frames a second, one clock for mel frames, codec tokens and model positions
-N_FFT = 1024                         # samples of a segment, 42.7 ms. The window may weigh some with zero; the spectrum
-                                     # is then still sampled finely enough for the narrow low bands
+N_FFT = 1024                         # samples of a segment, 42.7 ms
 N_MELS = 80
 WINDOW = (480, 32)                   # samples in which it rises, and in which it falls to zero at the frame's end
 HANN = (N_FFT // 2, N_FFT // 2)      # the usual one

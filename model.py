@@ -14,8 +14,9 @@ With n_codebooks > 1 a second, small transformer runs over *depth*, inside each 
 the codes already chosen for the next frame, and predicts the next finer one (as in Moshi, 2410.00037, after
 RQ-Transformer, 2203.01941):
 
-    stack's output ─┬─ head ────────── code 1          time and depth are two clocks: a frame stays one position
-                    └─ depth blocks ── code 2 ... K    of the stack, which reads what it read before
+    stack's output ─┬─ head ─────────────────────────────── code 1         time and depth are two clocks: a frame
+                    ├─ + code 1 ─ depth blocks ─ head 2 ─── code 2         stays one position of the stack, which
+                    └─ + code 2 ─ depth blocks ─ head 3 ─── code 3 ...     reads what it read before
 
 Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention, a SiLU MLP, no biases.
 

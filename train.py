@@ -378,8 +378,9 @@ def main():
     lr, norm = 0.0, torch.zeros(())
 
     def diverged(what):
-        sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; the last good checkpoint "
-                 f"is {last}; start anew with a lower --lr (and --overwrite)")
+        sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; "
+                 + (f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet")
+                 + "; start anew with a lower --lr (and --overwrite)")
 
     while True:
         seconds, log_size = time.time() - start, log.tell()

@@ -164,7 +164,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile all models")
-    parser.add_argument("--models", nargs="+", choices=PRESETS, default=["gpt-s", "hybrid"])
+    parser.add_argument("--models", nargs="+", choices=[m for m in PRESETS if PRESETS[m].n_codebooks == 1],
+                        default=["gpt-s", "hybrid"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--turns", type=int, default=8, help="that count (default: %(default)s)")
     parser.add_argument("--peak", type=float, default=989e12, help="operations a second (default: %(default)g)")

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -582,22 +583,30 @@ def without_times(path):
 def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(own_clips, tiny_codec_file, tmp_path, kills):
     def start(out, *options):
         return subprocess.Popen([sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file,
-                                 "--steps", "60", "--eval-every", "10", "--context", "32", "--batch-size", "2",
-                                 "--device", "cpu", "--model", "nano", "--out", out, *options], cwd=tmp_path,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    began = time.time()
-    assert start("calm.pt").wait() == 0
-    duration, rng = time.time() - began, random.Random(0)
+                                 "--steps", str(30 * kills), "--eval-every", "3", "--context", "32", "--batch-size",
+                                 "2", "--device", "cpu", "--model", "nano", "--out", out, *options], cwd=tmp_path,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    began, rng = time.time(), random.Random(0)
+    calm = start("calm.pt")
+    calm.stdout.readline()                                    # said when all is prepared
+    prepared = time.time() - began
+    assert calm.communicate() and calm.returncode == 0
     for path in data.CACHE.glob(f"{own_clips.name}-*"):       # preparation may be killed, too
         shutil.rmtree(path)
-    for _ in range(kills):
+    reached = []
+    for kill in range(kills):
         process = start("out.pt", "--resume" if (tmp_path / "out.last.pt").exists() else "--overwrite")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0.3, 1) * duration)
+        if kill % 5 == 0:                                     # while it prepares, or begins
+            time.sleep(rng.uniform(0.5, 1) * prepared)
+        else:                                                 # in the loop, after at most 27 steps more
+            lines = (line for line in process.stdout if line.startswith("step"))
+            list(itertools.islice(lines, rng.randint(1, 9)))
+            time.sleep(rng.uniform(0, 0.1))
         process.kill()
-        process.wait()
+        process.communicate()
         for path in tmp_path.glob("out*.pt"):                 # whatever is there, is whole
-            load_checkpoint(path)
+            reached.append(load_checkpoint(path)[1]["step"]); print(path.name, reached[-1], time.time()-began)
+    assert len({*reached}) >= kills // 2 and max(reached) < 30 * kills        # it was killed on its way
     process = start("out.pt", "--resume" if (tmp_path / "out.last.pt").exists() else "--overwrite")
     assert process.communicate() and process.returncode == 0
     assert without_times(tmp_path / "out.jsonl") == without_times(tmp_path / "calm.jsonl")

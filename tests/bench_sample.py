@@ -1,5 +1,6 @@
 """
 python tests/bench_sample.py                 untrained `nano`, codec mini; needs about three minutes on two cores
+python tests/bench_sample.py --device cuda --num 64          on a GPU, 64 streams side by side
 
 Is sampling faster than real time, does it stay so, and what does remembering save? Prints, from one run:
 
@@ -26,10 +27,11 @@ from tokens import load_codec
 def recompute(model, codec, codes):
     """One frame of a sampler that remembers nothing: codes (B, K, t) so far -> (B, K, t + 1)."""
     B, K, t = codes.shape
-    mel = torch.zeros(B, 1, model.config.n_mels)
+    mel = torch.zeros(B, 1, model.config.n_mels, device=codes.device)
     if t:
         mel = torch.cat([mel, log_mel(codec.decode(codes))], dim=1)
-    x = model.stack(torch.cat([torch.full((B, K, 1), START), codes], dim=-1), mel)[:, -1]             # (B, n_embd)
+    start = torch.full((B, K, 1), START, device=codes.device)
+    x = model.stack(torch.cat([start, codes], dim=-1), mel)[:, -1]                # (B, n_embd)
     chosen = draw(model.head(x))[:, None]
     while chosen.shape[1] < model.config.n_codebooks:
         chosen = torch.cat([chosen, draw(model.finer_logits(x, chosen)[:, -1])[:, None]], dim=1)
@@ -41,9 +43,10 @@ def main():
     parser.add_argument("--model", choices=PRESETS, default="nano")
     parser.add_argument("--num", type=int, default=1, help="streams side by side (default: 1)")
     parser.add_argument("--seconds", type=int, default=62, help="at least 10 (default: 62, which shows second 60)")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
-    model, codec = HybridGPT(PRESETS[args.model]).eval(), load_codec("mini")
+    model, codec = HybridGPT(PRESETS[args.model]).to(args.device).eval(), load_codec("mini", args.device)
 
     codes, times, before = [], [], time.perf_counter()
     for frame, _ in generate(model, codec, args.seconds * FRAME_RATE, args.num):
@@ -52,8 +55,8 @@ def main():
         before = time.perf_counter()
     codes, times = torch.cat(codes, dim=-1), torch.tensor(times)
     around = lambda second: times[(second - 1) * FRAME_RATE:(second + 1) * FRAME_RATE].median().item()
-    print(f"{args.model}, {model.config.n_codebooks} codebooks, {args.num} stream(s), {torch.get_num_threads()} "
-          f"threads: median {1000 * times.median():.2f} ms a frame")
+    print(f"{args.model}, {model.config.n_codebooks} codebooks, {args.num} stream(s), {args.device}, "
+          f"{torch.get_num_threads()} threads: median {1000 * times.median():.2f} ms a frame")
     print(f"real-time factor    {args.num * args.seconds / times.sum():.2f}")
     if args.seconds > 61:
         print(f"second 60 / 5       {around(60) / around(5):.3f}   ({1000 * around(60):.2f} over "

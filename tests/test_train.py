@@ -605,7 +605,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(own_cl
         process.kill()
         process.communicate()
         for path in tmp_path.glob("out*.pt"):                 # whatever is there, is whole
-            reached.append(load_checkpoint(path)[1]["step"]); print(path.name, reached[-1], time.time()-began)
+            reached.append(load_checkpoint(path)[1]["step"])
     assert len({*reached}) >= kills // 2 and max(reached) < 30 * kills        # it was killed on its way
     process = start("out.pt", "--resume" if (tmp_path / "out.last.pt").exists() else "--overwrite")
     assert process.communicate() and process.returncode == 0

@@ -14,11 +14,11 @@ The usual window is centred on the frame's first sample and reaches 192 samples 
 token that a model at this position has to predict. That makes the likelihood look better than it is, and cannot be done
 while sampling. `lookahead` lets the window reach past on purpose, to measure how much that leak is worth.
 
-The other is *where* in it a frame listens. The usual Hann window of 1024 samples is nearly deaf at its end, and that
-is where the frame's own 320 samples are: they get a tenth of its energy (weights squared). Ours rises for 480 samples
-and falls in the last 32: the frame's own get 97 %, and earlier frames have heard the rest. The 512 before that get no
-weight; with them the spectrum is sampled finely enough for the narrow low bands. Speech coders, which can
-hardly wait either, use such asymmetric windows (ITU-T G.729, 3.2.1: with 5 ms of the future; ours has none).
+The other is *where* in it a frame listens. The usual Hann window of 1024 samples is nearly deaf at its end, and that is
+where the frame's own 320 samples are: they get a tenth of its energy (weights squared). Ours rises for 480 samples and
+falls in the last 32: the frame's own get 97 %, and earlier frames have heard the rest. The 512 before that get no
+weight; with them the spectrum is sampled finely enough for the narrow low bands. Speech coders, which can hardly wait
+either, use such asymmetric windows (ITU-T G.729, 3.2.1: with 5 ms of the future; ours has none).
 
     >>> log_mel(torch.randn(24000)).shape
     torch.Size([75, 80])

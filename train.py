@@ -61,6 +61,8 @@ def parse_arguments():
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
     add("--mel-codebooks", type=int, metavar="K", help="show the mel of what the first K codebooks decode to, as in "
         "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
+    add("--mix", type=int, metavar="K", help="in training show every other crop the mel of K codebooks instead, or 0: "
+        "of the original audio, to measure whether a model does better that knows both (default: not)")
     add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
     add("--latents", action="store_true", help="show in its place the codec's own vectors, what it decodes the first K "
         "codebooks from or, with --mel-codebooks 0, quantises")
@@ -101,7 +103,7 @@ def parse_arguments():
     add("--eval", metavar="CKPT", help="print a checkpoint's validation figures, each clip's NLL too, and stop")
     args = parser.parse_args()
     for name, least in dict(steps=1, batch_size=1, stretch=1, accumulate=1, eval_every=1, n_codebooks=1, warmup=0,
-                            weight_decay=0, seed=0, mel_codebooks=0).items():
+                            weight_decay=0, seed=0, mel_codebooks=0, mix=0).items():
         value = getattr(args, name)
         if value is not None and not least <= value < 2**63:                      # false for nan, too
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
@@ -317,7 +319,9 @@ def main():
     if not os.access(out.parent, os.W_OK):                    # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
     # one process prepares, the others wait for its lock
-    data = prepare(args.dataset, codec, **{name: getattr(args, name) for name in MEL_OPTIONS})
+    mel_is = {name: getattr(args, name) for name in MEL_OPTIONS}
+    data = prepare(args.dataset, codec, **mel_is)
+    mixed_in = None if args.mix is None else prepare(args.dataset, codec, **{**mel_is, "mel_codebooks": args.mix})
     unigram = 0.0 if RANK else data.unigram_nll()             # reads all codes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
@@ -424,7 +428,10 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         # batch and dropout depend on seed, step and process alone, so that a resumed run is the uninterrupted one
-        batch = data.batch(args.seed, step, args.batch_size, context, args.stretch)           # codes, mel, targets
+        where = args.seed, step, args.batch_size, context, args.stretch
+        batch = data.batch(*where)                            # codes, mel, targets
+        if mixed_in:                                          # the same crops, each other one with its other mel
+            batch[1][step % 2::2] = mixed_in.batch(*where)[1][step % 2::2]
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
         # each step another offset: many crops begin with a clip, and else most frames near its start would not come up
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)

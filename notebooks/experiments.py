@@ -27,10 +27,13 @@ fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
           inverse proportion to the width
 steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
+mix       `coarse-heard` with half of the crops shown the recording's mel instead, so that it knows both
 noise     `nano` and `coarse` with noise on the mel they are trained on, as one's own voice is never quite right
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   the recipes of the models in assets/, for three hours of audio: `nano` with noise and without, and `nano-gpt`,
           for 1,200 steps
+robust    `nano` as there, but with twice the noise; with half of the crops shown the recording's mel; and with half
+          shown that of the coarse code alone. One seed, to be sampled from
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds; and these from as few places a
@@ -102,10 +105,13 @@ EXPERIMENTS = {                                               # question: {model
     "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
     "noise": {f"{name}-noise": [*options, "--set", "mel_noise=0.5"]
               for name, options in (("nano", NANO), ("coarse", COARSE))},
+    "mix": {"coarse-heard-mix": [*HEARD, "--mix", "0"]},
     "longer": {"nano-noise-steps600": [*NANO, "--steps", "600", "--set", "mel_noise=0.5"],
                "nano-steps600": [*NANO, "--steps", "600"], "nano-gpt-steps600": [*NANO_GPT, "--steps", "600"]},
     "shipped": {"nano-noise-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=0.5"],
                 "nano-steps1200": [*NANO, "--steps", "1200"], "nano-gpt-steps1200": [*NANO_GPT, "--steps", "1200"]},
+    "robust": {"nano-noise1-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=1.0"],
+               **{f"nano-mix{k}-steps1200": [*NANO, "--steps", "1200", "--mix", str(k)] for k in (0, 1)}},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32{suffix}": [*options, "--context", "32", "--batch-size", "128", *stretch]
@@ -127,9 +133,9 @@ TWINS["hybrid-late-steps1200"] = ["gpt-m-late-steps1200"]
 for model, options in MODELS.items():
     if "gpt" not in model and model not in TWINS:
         kind = model.split("-")[0]                            # coarse or nano
-        twin = model.replace("-heard", "").replace("-noise", "").replace(kind, f"{kind}-gpt", 1)
+        twin = re.sub(r"-(heard|noise|mix)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
         TWINS[model] = [twin if twin in MODELS else f"{kind}-gpt" + "-late" * ("-late-" in model)]
-MANY = ("gap", "window", "streams", "longer", "shipped", "short", "codec", "paper", "scale")           # several seeds
+MANY = ("gap", "window", "streams", "mix", "longer", "shipped", "short", "codec", "paper", "scale")    # several seeds
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -211,12 +217,12 @@ def run(dataset, model, lr, seed, device="cpu"):
 
 
 def score(dataset, model, lr, seed, device="cpu"):
-    """Add to the result of a hybrid of `gap` what it scores, clip by clip, with other mels than it was trained on: that
-    of the original ("0"), of 1 and of 8 codebooks."""
+    """Add to the result of a hybrid of `gap` or `mix` what it scores, clip by clip, with other mels than it was trained
+    on: that of the original ("0"), of 1 and of 8 codebooks."""
     name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
     result, out = RESULTS / f"{name}.json", RUNS / f"{name}.pt"
     content = json.loads(result.read_text())
-    if model in EXPERIMENTS["gap"].keys() & TWINS.keys() and out.exists():
+    if model in {**EXPERIMENTS["gap"], **EXPERIMENTS["mix"]}.keys() & TWINS.keys() and out.exists():
         for shown in sorted({"0", "1", "8"} - content["scores"].keys()):
             done = subprocess.run([*TRAIN, "--eval", str(out), "--mel-codebooks", shown, "--device", device,
                                    "--dtype", "float32"], stdout=subprocess.PIPE, check=True, **HOW)

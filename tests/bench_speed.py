@@ -66,19 +66,24 @@ class NanoGPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
-def take_turns(functions, turns, device="cpu"):
-    """{name: function} -> {name: seconds of each turn}, after two turns that do not count."""
+def take_turns(functions, turns, device="cpu", calls=1):
+    """{name: function} -> {name: seconds a call, of each turn}, after two turns that do not count.
+
+    A turn is so many calls in a row: functions of different libraries disturb each other's first, by threads that still
+    wait for work, and by memory that must be had anew.
+    """
     seconds = {name: [] for name in functions}
     for turn in range(turns + 2):
         for name, function in functions.items():
             if device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             if device == "cuda":
                 torch.cuda.synchronize()
             if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / calls)
     return {name: torch.tensor(s) for name, s in seconds.items()}
 
 
@@ -133,7 +138,7 @@ def bench_spectrogram(args):
         samples = wave.cpu().numpy()
         functions["librosa"] = lambda: librosa.power_to_db(librosa.feature.melspectrogram(
             y=samples, sr=SAMPLE_RATE, n_fft=N_FFT, hop_length=HOP, n_mels=N_MELS))
-    times = take_turns(functions, 5 * args.turns, args.device)
+    times = take_turns(functions, args.turns, args.device, calls=20)
     for name in list(functions)[1:]:
         print(f"log_mel over {name + ':':11} {ratio(times, name, 'log_mel'):5.2f} times as fast "
               f"({1000 * times['log_mel'].median():.1f} against {1000 * times[name].median():.1f} ms a minute of audio)")

@@ -441,6 +441,25 @@ def test_batches_of_stretches_are_as_large_as_others(run, tmp_path):
     assert drawn == {(4, 32, 64, (4, 8, 32))}
 
 
+def test_every_other_crop_is_shown_the_mel_that_is_mixed_in(run, tmp_path):
+    shown, forward = {}, HybridGPT.forward
+    for name, options in {"decoded": ["--mel-codebooks", 8], "recorded": ["--mel-codebooks", 0],
+                          "mixed": ["--mel-codebooks", 8, "--mix", 0]}.items():
+        mels = shown[name] = []
+
+        def recorded(self, codes, mel, *args, **more):
+            if self.training:
+                mels.append(mel)
+            return forward(self, codes, mel, *args, **more)
+        with mock.patch.object(HybridGPT, "forward", recorded):
+            assert run(tmp_path, "--batch-size", 4, "--out", f"{name}.pt", *options).code == 0
+    for step, (decoded, recorded, mixed) in enumerate(zip(*shown.values())):
+        assert not torch.equal(decoded, recorded)
+        assert torch.equal(mixed[step % 2::2], recorded[step % 2::2])
+        assert torch.equal(mixed[1 - step % 2::2], decoded[1 - step % 2::2])
+    assert step == 3 and load_checkpoint(tmp_path / "mixed.pt")[1]["mel_codebooks"] == 8
+
+
 def test_a_gpu_that_is_too_small_is_one_clear_line(run, tmp_path):
     with mock.patch.object(HybridGPT, "stack", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
         assert_refused(run(tmp_path), "memory", "--accumulate")

@@ -19,9 +19,10 @@ Encoding is most of the work. Files of about the same length go through the code
 of the CPU; each is put away when it is done, so that an interrupted preparation goes on with those that are missing
 (if the folder has not changed meanwhile).
 
-A batch is a pure function of seed, step, size and context: the same for every model, and after a resume. Each row is a
-crop of one clip, never of two; a clip shorter than the context is used whole and the rest of its row is padding, whose
-targets do not count. The first position of a clip is START, so the model is always told that there is nothing before.
+A batch is a pure function of seed, step, size, context and stretch: the same for every model, and after a resume. Each
+row is a crop of one clip, never of two; a clip shorter than the context is used whole and the rest of its row is
+padding, whose targets do not count. The first position of a clip is START, so the model is always told that there is
+nothing before.
 """
 import contextlib
 import functools
@@ -228,7 +229,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
         raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
                         f"{mel_codebooks} decode to")
     if lookahead and (mel_codebooks or latents):
-        raise DataError("a lookahead goes with the mel of recordings only: --mel-codebooks 0, and no --latents")
+        raise DataError("a lookahead goes with the mel of recordings only: --mel-codebooks 0, no --mix, no --latents")
     try:
         check_window(lookahead, window)
     except ValueError as error:
@@ -257,6 +258,9 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                 except DataError:
                     shutil.rmtree(unfinished)                 # nothing in it is of use
                     raise
+                for path in unfinished.glob("*.*"):           # or a power cut might leave them empty, their clips gone
+                    with open(path, "r+b") as file:
+                        os.fsync(file.fileno())
                 shutil.rmtree(home, ignore_errors=True)
                 os.replace(unfinished, home)                  # only a finished cache ever gets the name
     shutil.rmtree(home / "clips", ignore_errors=True)

@@ -363,8 +363,6 @@ def load_checkpoint(path, device="cpu"):
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise TypeError("not a dict")
         known = checkpoint["format"] == FORMAT
         if known:
             model = HybridGPT(Config(**checkpoint["config"]))

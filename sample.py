@@ -151,7 +151,7 @@ def main():
         sys.exit(f"error: cannot write {out}: --out takes a .wav or .flac file in an existing, writable folder")
     model, codec, checkpoint = load(args.ckpt, choose_device(args.device), args.codec, args.codec_dir)
     trained_on, heard = checkpoint["mel_codebooks"], model.config.n_codebooks
-    if model.config.use_mel and trained_on != heard:
+    if model.config.use_mel and heard not in (trained_on, checkpoint.get("mix")):
         print(f"note: {args.ckpt} learnt from the mel of {f'{trained_on} codebooks' if trained_on else 'recordings'} "
               f"and hears that of the {heard} it predicts: expect less of it than its NLL says", file=sys.stderr)
     prompt = None

@@ -45,7 +45,7 @@ TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
 SHOWN = ("dataset", "codec", *MEL_OPTIONS)           # what a model is shown; out.pt and every result name these options
-MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile")                  # those that --resume may change
+MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile", "accumulate")    # those that --resume may change
 NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")           # those that it does not remember
 BESIDE_EVAL = {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"} - {"latents"}        # that go with --eval
 
@@ -82,7 +82,8 @@ def parse_arguments():
     add("--steps", type=int, default=300, help="default: %(default)s")
     add("--batch-size", type=int, default=16, help="crops of one context each, per step (default: %(default)s)")
     add("--stretch", type=int, metavar="N", help="draw crops that are neighbours, so many that they fill N positions: "
-        "batches of the same size from fewer places, to measure what that is worth (default: one crop)")
+        "batches of as many rows from fewer places, to measure what that is worth; in clips shorter than N rows stay "
+        "empty (default: one crop)")
     add("--accumulate", type=int, default=1,
         help="split each batch into so many parts, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate; warm-up, then cosine to a tenth (default: 1.2e-2 for the "
@@ -141,6 +142,8 @@ def choose_device(name):
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        if torch.device(name).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("not cuda, mps or cpu")
         torch.empty(1, device=name)
         if name.startswith("cuda:"):
             torch.cuda.set_device(name)
@@ -316,7 +319,7 @@ def main():
     if stretch % args.context or args.batch_size * args.context % stretch:
         sys.exit(f"error: --stretch {stretch} must be a multiple of the context, {args.context}, and divide the batch, "
                  f"{args.batch_size * args.context} positions")
-    if not os.access(out.parent, os.W_OK):                    # found now, and not after an hour of work
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):          # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
     # one process prepares, the others wait for its lock
     mel_is = {name: getattr(args, name) for name in MEL_OPTIONS}
@@ -349,7 +352,7 @@ def main():
     compiled = device.type == "cuda" if args.compile is None else args.compile
     forward = torch.compile(model) if compiled else model
     if WORLD > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
+        forward = torch.nn.parallel.DistributedDataParallel(forward)
 
     # --- the log
     log = open(log_path, "a" if args.resume else "w")
@@ -365,8 +368,8 @@ def main():
           f"validate, codec {codec.name}; {args.batch_size * context:,} targets a step at most")
     print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
           f"each code occurs {unigram:.3f}")
-    facts = {"preset": args.model, **{name: getattr(args, name) for name in SHOWN}, "codec_checksum": codec.checksum,
-             "data_key": data.key, "audio": data.audio}
+    facts = {"preset": args.model, **{name: getattr(args, name) for name in SHOWN}, "mix": args.mix,
+             "codec_checksum": codec.checksum, "data_key": data.key, "audio": data.audio}
     options = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     report({"step": step, "args": options, "n_params": n_params, **facts, "device": str(device),
             "torch": torch.__version__, "unigram_nll": unigram, "train_frames": data.meta["train_frames"],
@@ -393,7 +396,7 @@ def main():
             stop = torch.tensor(stop)                         # on the CPU: no step should wait for a GPU
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=by_cpu)
             stop = stop.item()
-        due = not stop and (step % args.eval_every == 0 or step == args.steps)    # --resume will begin with it
+        due = not stop and (step % args.eval_every == 0 or step == args.steps)    # a stop leaves it to --resume
         if (step % 20 == 0 or due or stop) and not norm.isfinite():
             diverged("the loss or its gradient")
         if due and RANK == 0:                                 # `model`: `forward` would be compiled anew for eval mode
@@ -427,20 +430,20 @@ def main():
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # batch and dropout depend on seed, step and process alone, so that a resumed run is the uninterrupted one
-        where = args.seed, step, args.batch_size, context, args.stretch
-        batch = data.batch(*where)                            # codes, mel, targets
-        if mixed_in:                                          # the same crops, each other one with its other mel
-            batch[1][step % 2::2] = mixed_in.batch(*where)[1][step % 2::2]
+        # batch and dropout depend on options, step and process alone, so that a resumed run is the uninterrupted one
+        which = args.seed, step, args.batch_size, context, args.stretch
+        batch = data.batch(*which)                            # codes, mel, targets
+        if mixed_in:                                          # the same crops, every other one with its other mel
+            batch[1][step % 2::2] = mixed_in.batch(*which)[1][step % 2::2]
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
         # each step another offset: many crops begin with a clip, and else most frames near its start would not come up
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = count_targets(batch[2], depth_frames), 0.0          # (2,)
         # of the batch this process's rows, of these --accumulate parts
         parts = zip(*(x.chunk(WORLD)[RANK].chunk(args.accumulate) for x in batch))
-        for part, some in enumerate(parts, start=1):
+        for n_part, some in enumerate(parts, start=1):
             if WORLD > 1:                                     # gradients are averaged once, after the last part
-                forward.require_backward_grad_sync = part == args.accumulate
+                forward.require_backward_grad_sync = n_part == args.accumulate
             with autocast:
                 _, losses = forward(*(move(x, device) for x in some), depth_frames=move(depth_frames, device))    # (K,)
             # clips shorter than the context are padded, so parts hold unequal numbers of targets: weighed by its share
@@ -477,7 +480,8 @@ if __name__ == "__main__":
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is too small: raise --accumulate, or lower --batch-size or --context")
+        sys.exit("error: the GPU's memory is too small: raise --accumulate (--resume takes it, too), or lower "
+                 "--context or --batch-size (with --eval that alone)")
     except BrokenPipeError:                                   # as in `python train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit("error: nobody reads the output any more; continue with --resume, or start anew with --overwrite if "

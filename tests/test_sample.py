@@ -218,10 +218,11 @@ def test_finer_codes_are_drawn_like_the_coarse_one_unless_told_otherwise(tiny_co
     assert [call.args[1] for call in drawn.call_args_list] == [0.9, expected, expected] * 2
 
 
-@pytest.mark.parametrize("trained_on, word", [(8, None), (0, "of recordings"), (2, "of 2 codebooks")])
-def test_a_model_that_hears_what_it_did_not_learn_from_says_so(ckpt, tmp_path, trained_on, word):
+@pytest.mark.parametrize("trained_on, mixed_in, word", [(8, None, None), (0, None, "of recordings"), (0, 8, None),
+                                                        (2, 0, "of 2 codebooks")])
+def test_a_model_that_hears_what_it_did_not_learn_from_says_so(ckpt, tmp_path, trained_on, mixed_in, word):
     checkpoint = torch.load(ckpt, weights_only=True)
-    torch.save(checkpoint | {"mel_codebooks": trained_on}, tmp_path / "other.pt")
+    torch.save(checkpoint | {"mel_codebooks": trained_on, "mix": mixed_in}, tmp_path / "other.pt")
     done = run_script(tmp_path, SCRIPT, "--ckpt", "other.pt", "--device", "cpu", "--seconds", 0.1)
     assert done.code == 0 and (tmp_path / "sample.wav").exists()
     assert f"learnt from the mel {word}" in done.err if word else "note" not in done.err

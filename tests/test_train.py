@@ -457,12 +457,30 @@ def test_every_other_crop_is_shown_the_mel_that_is_mixed_in(run, tmp_path):
         assert not torch.equal(decoded, recorded)
         assert torch.equal(mixed[step % 2::2], recorded[step % 2::2])
         assert torch.equal(mixed[1 - step % 2::2], decoded[1 - step % 2::2])
-    assert step == 3 and load_checkpoint(tmp_path / "mixed.pt")[1]["mel_codebooks"] == 8
+    facts = load_checkpoint(tmp_path / "mixed.pt")[1]
+    assert step == 3 and facts["mel_codebooks"] == 8 and facts["mix"] == 0
+    assert_refused(run(tmp_path, "--mix", 9, "--out", "refused.pt"), "8 codebooks")
 
 
 def test_a_gpu_that_is_too_small_is_one_clear_line(run, tmp_path):
     with mock.patch.object(HybridGPT, "stack", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
         assert_refused(run(tmp_path), "memory", "--accumulate")
+
+
+def test_a_run_can_continue_where_the_memory_is_smaller(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes, stack = [], HybridGPT.stack
+
+    def recorded(self, codes, *args, **more):
+        sizes.append(len(codes)) if self.training else None
+        return stack(self, codes, *args, **more)
+    with mock.patch.object(HybridGPT, "stack", recorded):
+        assert run(tmp_path, "--steps", 1).code == 0
+        state = torch.load("out.last.pt", weights_only=True)
+        state["args"]["steps"] = 2
+        torch.save(state, "out.last.pt")
+        assert run(tmp_path, "--resume", "--accumulate", 2, "--device", "cpu", small=False).code == 0
+    assert sizes == [2, 1, 1]
 
 
 def test_a_rank_and_a_number_of_processes_alone_are_not_torchruns():
@@ -798,7 +816,7 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--stretch", 16], ["--stretch 16", "context, 32"]),
     (["--stretch", 128], ["--stretch 128", "divide the batch, 64"]),
     (["--model", "gpt-5"], ["gpt-5"]),
-    (["--device", "abacus"], ["abacus", "cpu"]),
+    (["--device", "abacus"], ["abacus", "cpu"]), (["--device", "meta"], ["meta", "cpu"]),
     (["--dropout", 1.5], ["--dropout"]),
     (["--lr", -1], ["--lr"]),
     (["--seed", -1], ["--seed"]),
@@ -819,6 +837,9 @@ def test_an_out_that_cannot_be_written_is_refused_before_any_work(run, tmp_path)
     folder, before = write_clips(tmp_path / "own", [0.5, 0.5]), set(run.cache.iterdir())
     assert_refused(run(tmp_path, "--dataset", folder, "--out", "nowhere/out.pt"), "nowhere")
     assert set(run.cache.iterdir()) == before and not (tmp_path / "nowhere").exists()
+    tmp_path.joinpath("file").touch()
+    assert_refused(run(tmp_path, "--dataset", folder, "--out", "file/out.pt"), "file/out.pt")
+    assert set(run.cache.iterdir()) == before
 
 
 def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(run, trained, tmp_path):

@@ -675,21 +675,22 @@ def test_a_hundred_hours_take_no_more_memory_than_their_batches(tmp_path):
 
 # ----------------------------------------------------------------------------- what could go wrong unnoticed
 
-def test_a_clip_is_on_the_disk_before_it_has_its_name(tmp_path, tiny_codec, monkeypatch):
-    synced, fsync, rename = set(), os.fsync, os.replace
+def test_what_is_prepared_is_on_the_disk_before_it_has_its_name(tmp_path, tiny_codec, monkeypatch):
+    synced, named, fsync, rename = set(), [], os.fsync, os.replace
 
     def sync(file):
         synced.add((os.fstat(file).st_ino, os.fstat(file).st_size))
         fsync(file)
 
     def replace(source, target):
-        about = os.stat(source)
-        assert Path(target).suffix != ".clip" or (about.st_ino, about.st_size) in synced
+        files = [source] if Path(target).suffix == ".clip" else [path for path in source.iterdir() if path.is_file()]
+        assert all((path.stat().st_ino, path.stat().st_size) in synced for path in files)
+        named.extend(files)
         rename(source, target)
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "replace", replace)
     folder = clips(tmp_path / "in", seconds=0.1)              # so short that all of it fits into the file's buffer
-    assert prepare(folder, tiny_codec, tmp_path / "cache", quiet=True) and len(synced) == 4
+    assert prepare(folder, tiny_codec, tmp_path / "cache", quiet=True) and len(named) == 4 + 5
 
 
 def test_who_waited_for_another_process_encodes_nothing(tmp_path, tiny_codec, monkeypatch):

@@ -27,7 +27,7 @@ fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
           inverse proportion to the width
 steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
-mix       `coarse-heard` with half of the crops shown the recording's mel instead, so that it knows both
+mix       `coarse-heard` and `nano` with half of the crops shown the recording's mel instead, so that they know both
 noise     `nano` and `coarse` with noise on the mel they are trained on, as one's own voice is never quite right
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   the recipes of the models in assets/, for three hours of audio: `nano` with noise and without, and `nano-gpt`,
@@ -105,7 +105,7 @@ EXPERIMENTS = {                                               # question: {model
     "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
     "noise": {f"{name}-noise": [*options, "--set", "mel_noise=0.5"]
               for name, options in (("nano", NANO), ("coarse", COARSE))},
-    "mix": {"coarse-heard-mix": [*HEARD, "--mix", "0"]},
+    "mix": {"coarse-heard-mix": [*HEARD, "--mix", "0"], "nano-mix": [*NANO, "--mix", "0"]},
     "longer": {"nano-noise-steps600": [*NANO, "--steps", "600", "--set", "mel_noise=0.5"],
                "nano-steps600": [*NANO, "--steps", "600"], "nano-gpt-steps600": [*NANO_GPT, "--steps", "600"]},
     "shipped": {"nano-noise-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=0.5"],

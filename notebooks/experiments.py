@@ -32,8 +32,8 @@ noise     `nano` and `coarse` with noise on the mel they are trained on, as one'
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   the recipes of the models in assets/, for three hours of audio: `nano` with noise and without, and `nano-gpt`,
           for 1,200 steps
-robust    `nano` as there, but with twice the noise; with half of the crops shown the recording's mel; and with half
-          shown that of the coarse code alone. One seed, to be sampled from
+robust    `nano` as there, but with twice the noise; with half of the crops shown the recording's mel; with half shown
+          that of the coarse code alone, without and with noise. One seed, to be sampled from
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds; and these from as few places a
@@ -111,7 +111,8 @@ EXPERIMENTS = {                                               # question: {model
     "shipped": {"nano-noise-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=0.5"],
                 "nano-steps1200": [*NANO, "--steps", "1200"], "nano-gpt-steps1200": [*NANO_GPT, "--steps", "1200"]},
     "robust": {"nano-noise1-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=1.0"],
-               **{f"nano-mix{k}-steps1200": [*NANO, "--steps", "1200", "--mix", str(k)] for k in (0, 1)}},
+               **{f"nano-mix{k}-steps1200": [*NANO, "--steps", "1200", "--mix", str(k)] for k in (0, 1)},
+               "nano-noise-mix1-steps1200": [*NANO, "--steps", "1200", "--mix", "1", "--set", "mel_noise=0.5"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32{suffix}": [*options, "--context", "32", "--batch-size", "128", *stretch]

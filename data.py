@@ -215,6 +215,19 @@ def split_clips(names, dataset=None):
     return [h < threshold for h in hashes]
 
 
+def check_mel(codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
+    """Raise DataError unless such a mel can be had: options as in `encode_files`."""
+    if not 0 <= mel_codebooks <= codec.n_codebooks:
+        raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
+                        f"{mel_codebooks} decode to")
+    if lookahead and (mel_codebooks or latents):
+        raise DataError("a lookahead goes with the mel of recordings only: --mel-codebooks 0, no --mix, no --latents")
+    try:
+        check_window(lookahead, window)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
 def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
     """Encode a dataset with a codec, unless that is done already, and open it.
 
@@ -225,15 +238,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be had, or the disk is full
     or must not be written to.
     """
-    if not 0 <= mel_codebooks <= codec.n_codebooks:
-        raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
-                        f"{mel_codebooks} decode to")
-    if lookahead and (mel_codebooks or latents):
-        raise DataError("a lookahead goes with the mel of recordings only: --mel-codebooks 0, no --mix, no --latents")
-    try:
-        check_window(lookahead, window)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    check_mel(codec, mel_codebooks, latents, lookahead, window)
     folder, names = find_audio(dataset, cache)
     split_clips(names, dataset)                               # an unclear split is found now, not after encoding
     sizes = [(folder / name).stat() for name in names]

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from corpora import CORPORA, DISK_FULL
-from data import MEL_OPTIONS, DataError, prepare
+from data import MEL_OPTIONS, DataError, check_mel, prepare
 from mel import WINDOW
 from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
                    load_checkpoint, save, to_checkpoint)
@@ -321,10 +321,13 @@ def main():
                  f"{args.batch_size * args.context} positions")
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):          # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
-    # one process prepares, the others wait for its lock
     mel_is = {name: getattr(args, name) for name in MEL_OPTIONS}
+    other_mel = {**mel_is, "mel_codebooks": args.mix}
+    if args.mix is not None:                                  # this, too, is found now
+        check_mel(codec, **other_mel)
+    # one process prepares, the others wait for its lock
     data = prepare(args.dataset, codec, **mel_is)
-    mixed_in = None if args.mix is None else prepare(args.dataset, codec, **{**mel_is, "mel_codebooks": args.mix})
+    mixed_in = None if args.mix is None else prepare(args.dataset, codec, **other_mel)
     unigram = 0.0 if RANK else data.unigram_nll()             # reads all codes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 

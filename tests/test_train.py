@@ -459,7 +459,13 @@ def test_every_other_crop_is_shown_the_mel_that_is_mixed_in(run, tmp_path):
         assert torch.equal(mixed[1 - step % 2::2], decoded[1 - step % 2::2])
     facts = load_checkpoint(tmp_path / "mixed.pt")[1]
     assert step == 3 and facts["mel_codebooks"] == 8 and facts["mix"] == 0
-    assert_refused(run(tmp_path, "--mix", 9, "--out", "refused.pt"), "8 codebooks")
+
+
+def test_a_mel_to_mix_in_that_cannot_be_had_is_refused_before_any_work(run, tmp_path):
+    folder, before = write_clips(tmp_path / "own", [0.5, 0.5]), set(run.cache.iterdir())
+    assert_refused(run(tmp_path, "--dataset", folder, "--mix", 9), "8 codebooks")
+    assert_refused(run(tmp_path, "--dataset", folder, "--n-codebooks", 1, "--lookahead", 9, "--mix", 8), "--mix")
+    assert set(run.cache.iterdir()) == before
 
 
 def test_a_gpu_that_is_too_small_is_one_clear_line(run, tmp_path):

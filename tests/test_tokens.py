@@ -420,7 +420,7 @@ def test_encodec_without_a_network_names_the_address_and_the_option(meta, stand_
         message = refusal(lambda: load_codec("encodec"))
         assert encodec.model.ROOT_URL + stand_in.name in message
         assert "--codec-dir" in message and "--codec mini" in message
-        assert ("404" in message) == online
+        assert ("HTTP Error 404" in message) == online
 
 
 def test_encodec_is_read_from_a_folder_without_a_network(meta, stand_in):

@@ -43,15 +43,14 @@ from tqdm import tqdm
 
 from corpora import CORPORA, DataError, alone, fetch, writing
 from mel import FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, WINDOW, StreamingLogMel, check_window
-from model import IGNORE, START
-from tokens import CODEBOOK_SIZE
+from model import CODEBOOK_SIZE, IGNORE, START
 
 ASSETS = Path(__file__).parent / "assets"
-MEL_OPTIONS = ("mel_codebooks", "latents", "lookahead", "window")      # of `prepare`: what makes one mel another
+MEL_OPTIONS = ("mel_codebooks", "latents", "lookahead", "window")      # of `prepare`: which mel a model is shown
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
-LONG = 60                            # seconds: on a CPU a longer file is encoded alone, and less audio by one process
+LONG = 60                            # seconds: on a CPU a longer file is encoded alone, less audio by a single process
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {".oga", ".opus", ".aif"}
 
 
@@ -107,20 +106,23 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
     mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. latents: in
     place of the mel of either the codec's vectors for it, (t, C). lookahead, window: as in `log_mel`.
     """
-    block_size = BLOCK if codec.device.type == "cuda" else max(BLOCK // len(paths) // HOP, 1) * HOP      # bounds memory
+    block_size = BLOCK if codec.device.type != "cpu" else max(BLOCK // len(paths) // HOP, 1) * HOP       # bounds memory
     encoder, spectrogram = codec.stream_encoder(), StreamingLogMel(lookahead, window)
     decoder = codec.stream_decoder() if mel_codebooks else None
-    ahead = max(0, lookahead)                                 # a mel comes so late: silence after the file fetches it
+    # All files share one codec state, a row each, and keep step: of every row n_done frames have been yielded. With a
+    # lookahead of N samples a frame's mel comes N samples after its codes. So codes wait in `codes`, N zeros follow
+    # every file, and n_samples starts at -N: it counts the samples whose frames have their mel, too.
+    ahead = max(0, lookahead)
     readers = [read_blocks(path, block_size, ahead) for path in paths]
-    n_samples, n_done = [-ahead] * len(paths), 0              # of each file read, but for that silence; frames yielded
+    n_samples, n_done = [-ahead] * len(paths), 0
     codes = torch.zeros(len(paths), codec.n_codebooks, 0, dtype=torch.long, device=codec.device)
     with ThreadPoolExecutor(len(paths)) as pool:              # files are read side by side, and while the codec works
         reading = {i: pool.submit(next, reader) for i, reader in enumerate(readers)}
         while reading:
             blocks, problems = {}, {}                         # of the files that have not ended
-            for i, coming in reading.items():
+            for i, future in reading.items():
                 try:
-                    blocks[i] = coming.result()
+                    blocks[i] = future.result()
                 except DataError as error:
                     blocks[i], problems[i] = np.zeros(0), str(error).removeprefix(f"{paths[i]}: ")
                 n_samples[i] += len(blocks[i])
@@ -131,15 +133,14 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
                 waves[i, :len(block)] = block
             wave = torch.from_numpy(waves).to(codec.device)
             unquantised = encoder.latents(wave)                   # (B, C, t)
-            new = codec.quantize(unquantised, codec.n_codebooks)  # (B, K, t)
-            codes = torch.cat([codes, new], dim=-1)
+            new_codes = codec.quantize(unquantised, codec.n_codebooks)        # (B, K, t)
             if latents:
-                mel = (codec.dequantize(new[:, :mel_codebooks]) if mel_codebooks else unquantised).mT     # (B, t, C)
-            else:                                                 # (B, u, 80); with a lookahead they come later
-                mel = spectrogram.push(decoder.push(new[:, :mel_codebooks]) if decoder else wave)
-            # frames whose mel has arrived; the codes of later ones wait for theirs
-            ready, codes = codes[..., :mel.shape[1]].mT.cpu().numpy().astype(np.uint16), codes[..., mel.shape[1]:]
-            mel = mel.cpu().numpy().astype(np.float16)
+                mel = (codec.dequantize(new_codes[:, :mel_codebooks]) if mel_codebooks else unquantised).mT  # (B, t, C)
+            else:                                                 # (B, u, 80), u < t at first if there is a lookahead
+                mel = spectrogram.push(decoder.push(new_codes[:, :mel_codebooks]) if decoder else wave)
+            codes = torch.cat([codes, new_codes], dim=-1)
+            ready, codes = codes[..., :mel.shape[1]], codes[..., mel.shape[1]:]
+            ready, mel = ready.mT.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
             for i in blocks:
                 n = max(0, n_samples[i] // HOP - n_done)      # frames of this file; what follows is padding
                 if i not in reading and n_samples[i] < HOP:
@@ -283,16 +284,18 @@ def _encode(home, folder, files, codec, made_with, title, quiet):
         except (soundfile.SoundFileError, OSError, ValueError, ZeroDivisionError):
             seconds[i] = 0.0                                  # whatever it is, reading it will tell
     todo.sort(key=seconds.get, reverse=True)                  # like beside like, for what is padded is wasted
-    n_workers, n_alone, side_by_side = 0, 0, 16               # for a GPU: in this process, 16 files at once
-    if codec.device.type == "cpu":
+    if codec.device.type == "cpu":                            # a process for each core, if there is enough to share
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         n_workers = cores if sum(seconds.values()) >= LONG else 0
         n_alone = sum(length > LONG for length in seconds.values())
         side_by_side = max(1, min(8, len(todo) // max(1, n_workers)))
+    else:                                                     # a GPU: 16 files at once, in this process
+        n_workers, n_alone, side_by_side = 0, 0, 16
     batches = [[i] for i in todo[:n_alone]]
     batches += [todo[i:i + side_by_side] for i in range(n_alone, len(todo), side_by_side)]
     encode = functools.partial(_encode_batch, home, folder, files, codec, made_with)
-    # unlike those of a pool, a DataLoader's processes end when the one that started them is killed
+    # A pool of processes: the "data" are lists of file numbers, and collate_fn, which a worker calls, encodes them.
+    # Unlike those of a real pool, these processes end when the one that started them is killed
     work = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=encode, in_order=False,
                                        num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0)
     total, problems = sum(size for _, size, _ in files), {}
@@ -357,11 +360,12 @@ def _join(home, dataset, name, names, made_with, problems):
         print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
         cut = n_frames - n_frames // 10
         clips, used, is_val = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True]
-    # of each file, how many frames train: all or none; of an only one the first nine tenths
+    # of each file, how many frames train: all or none (of an only file `zip` below meets just the part that does)
     n_train = [(end - start) * (not val) for (start, end), val in zip(clips.tolist(), is_val)]
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
     n, total, products = sum(n_train), np.zeros(n_mels), np.zeros((n_mels, n_mels))
+    # written, not mapped: on a full disk a write raises OSError, where a mapped page would kill the process
     with open(home / "codes.npy", "wb") as codes, open(home / "mel.npy", "wb") as mels:
         for file, dtype, n_columns in (codes, "<u2", K), (mels, "<f2", n_mels):
             np.lib.format.write_array_header_1_0(
@@ -391,8 +395,8 @@ class Dataset:
 
     meta, key       the content of meta.json; the name of the cache, which changes with anything it was made from
     codes, mel      (frames, K) uint16 and (frames, 80) float16, all clips one after the other
-    audio           what it was made of, in a short string: clips, their lengths and split, codec, mel; but not where
-                    the files were, so that a run may continue elsewhere, nor what is heard in them
+    fingerprint     hash of the clips' names, lengths and split, the codec and the mel settings, for --resume. Not in
+                    it: where the files lie, so that a run may continue elsewhere, and their samples
     train, val      (clips, 2) first and one past the last frame of each clip of the split
     mel_statistics  mean (80,) and covariance (80, 80) of the training split's mel
     """
@@ -404,7 +408,7 @@ class Dataset:
             clips, statistics = np.load(home / "clips.npy"), np.load(home / "mel_statistics.npz")
             self.mel_statistics = statistics["mean"], statistics["covariance"]
             made_of = [{**self.meta, "dataset": None, "codec": None}, clips.tolist()]
-            self.audio = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+            self.fingerprint = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
             is_val = np.array([clip["val"] for clip in self.meta["clips"]])
             self.train, self.val = clips[~is_val], clips[is_val]
             codes, mel = self.codes, self.mel

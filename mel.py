@@ -117,11 +117,8 @@ def mel_power(segments, n_mels=N_MELS, window=None):
     n_fft = segments.shape[-1]
     weights, filterbank = _constants(n_fft, n_mels, tuple(window or (n_fft // 2, n_fft // 2)), segments.device)
     at_once = 256 if segments.device.type == "cpu" else segments.shape[-2]    # what fits into a processor's cache
-    power = []
-    for some in segments.split(at_once, dim=-2):
-        spectrum = torch.fft.rfft(some * weights)                             # (..., t, n_fft // 2 + 1)
-        power.append((spectrum.real.square() + spectrum.imag.square()) @ filterbank)
-    return torch.cat(power, dim=-2) if len(power) > 1 else power[0]
+    spectra = (torch.fft.rfft(part * weights) for part in segments.split(at_once, dim=-2))    # (..., t, n_fft // 2 + 1)
+    return torch.cat([(s.real.square() + s.imag.square()) @ filterbank for s in spectra], dim=-2)
 
 
 def log_mel(wave, lookahead=0, window=WINDOW):
@@ -130,7 +127,8 @@ def log_mel(wave, lookahead=0, window=WINDOW):
     wave (B, N) or (N,) float32 in [-1, 1] -> (B, T, 80) or (T, 80), T = N // 320; raw natural-log power, not
     whitened. Without a lookahead, frame t depends on samples before (t+1)*HOP only. Differentiable, on any device.
     lookahead: for experiments. The window ends so many samples *past* the frame, and what it hears there is a leak.
-        -N: the same window as with N, but what lies past the frame counts as zero; the leak is at most the difference
+        -N: the segment that N gives, with zeros where it lies past the frame. Scores with N and with -N differ by what
+        the leak is worth, or by more, as that hard edge may itself cost something
     window: (rise, fall) as in `asymmetric_window`; HANN where nothing is predicted
     Raises ValueError for another number of dimensions, or a window or lookahead that does not fit into 1024 samples.
     """
@@ -152,8 +150,8 @@ def check_window(lookahead, window):
 def _log_mel(segments, lookahead, window):
     """Segments of samples (..., T, 1024) -> (..., T, 80).
 
-    A negative lookahead drops samples in front and appends zeros: the window ends past the frame, and hears nothing
-    there.
+    A negative lookahead -N: the segments end with the frame here; moved on by N samples, they get N zeros for those
+    that lie past it.
     """
     if lookahead < 0:
         segments = F.pad(segments[..., -lookahead:], (0, -lookahead))

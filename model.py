@@ -14,9 +14,9 @@ With n_codebooks > 1 a second, small transformer runs over *depth*, inside each 
 the codes already chosen for the next frame, and predicts the next finer one (as in Moshi, 2410.00037, after
 RQ-Transformer, 2203.01941):
 
-    stack's output ─┬─ head ─────────────────────────────── code 1         time and depth are two clocks: a frame
-                    ├─ + code 1 ─ depth blocks ─ head 2 ─── code 2         stays one position of the stack, which
-                    └─ + code 2 ─ depth blocks ─ head 3 ─── code 3 ...     reads what it read before
+    stack's output ─┬─ head ─────────────────────────────── code 1         a frame is still one position of
+                    ├─ + code 1 ─ depth blocks ─ head 2 ─── code 2         the stack, which still reads the
+                    └─ + code 2 ─ depth blocks ─ head 3 ─── code 3 ...     coarse code and the mel only
 
 Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention, a SiLU MLP, no biases.
 
@@ -33,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CODEBOOK_SIZE = 1024
+CODEBOOK_SIZE = 1024                 # that of tokens.py, which this file does without: it needs nothing but PyTorch
 START = CODEBOOK_SIZE                # the code id of the position before a clip's first frame (a BOS token)
 IGNORE = -1                          # a target that does not count
 
@@ -65,7 +65,8 @@ PRESETS = {
     "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1144, use_mel=False),        # hybrid's size, + 0.2 %
     "hybrid":   Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024),
     "gpt-l":    Config(n_layer=12, n_head=8, n_embd=512, n_inner=2048, use_mel=False),
-    # learns something on two CPU cores in minutes, and its token-only twin; to be listened to: all codes of codec mini
+    # small enough to learn something on two CPU cores in minutes, and its token-only twin; both predict all codes of
+    # codec mini, so that there is something to hear
     "nano":     Config(n_layer=4, n_head=4, n_embd=128, n_inner=512, n_mel_embd=96, context=256,
                        n_codebooks=8, n_depth_embd=64),
     "nano-gpt": Config(n_layer=4, n_head=4, n_embd=128, n_inner=620, use_mel=False, context=256,   # as nano
@@ -217,8 +218,8 @@ class HybridGPT(nn.Module):
             # (the stack's number, for the small transformers too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
-        # what enters the stream has variance 1, whichever branches there are: a twin must not differ in this, too.
-        # finer_embedding and depth_embedding stay small: thousands of rarely used random vectors, which at full size
+        # what enters the stream has variance 1, whichever branches there are: twins differ in what they read, not in
+        # this. finer_embedding and depth_embedding stay small: thousands of rarely used random vectors, which at full size
         # drown what they are added to until each is learnt
         for name in ("mel_in", "code_embedding", "start_embedding", "fuse", "depth_in"):
             if layer := getattr(self, name, None):
@@ -234,8 +235,8 @@ class HybridGPT(nn.Module):
 
         Neighbouring bands say nearly the same; a few directions of the 80 hold nearly all the variance, and what tells
         two sounds apart may be in the others. So a frame is expressed in the principal components of the training
-        frames, each divided by the root of its variance plus a hundredth of the mean variance: all get about the same
-        size, but for the weakest, which are mostly noise. One factor for all then makes the mean variance 1.
+        frames, each divided by sqrt(its variance + 0.01 * the mean variance): all get about the same size, but for the
+        weakest, which are mostly noise. One factor for all then makes the mean variance 1.
         """
         if self.config.use_mel:
             variances, directions = torch.linalg.eigh(torch.as_tensor(covariance, dtype=torch.float64))
@@ -271,15 +272,16 @@ class HybridGPT(nn.Module):
     def stack(self, codes, mel, cache=None):
         """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> what each position knows (B, T, n_embd), for
         `head` and `finer_logits`. With a `KVCache` T is 1, and the positions before this one are remembered."""
-        T, at_start = codes.shape[2], (codes[:, 0] == START)[..., None]           # (B, T, 1)
-        context, start = self.config.context, cache.position if cache else 0
-        if cache and T != 1:
+        T, context = codes.shape[2], self.config.context
+        at_start = (codes[:, 0] == START)[..., None]                              # (B, T, 1)
+        first = 0 if cache is None else cache.position
+        if cache is not None and T != 1:
             raise ValueError(f"with a cache one position at a time, not {T}")
-        if start + T <= context:
-            rotary = self.rotary[:, start:start + T]
-        else:
-            rotary = rotary_angles(start, T, self.rotary.shape[-1]).to(codes.device)
-        mask = None
+        if first + T <= context:
+            rotary = self.rotary[:, first:first + T]
+        else:                                                                     # sampling goes on past the context
+            rotary = rotary_angles(first, T, self.rotary.shape[-1]).to(codes.device)
+        mask = None                                                               # all that came before
         if T > context:                                                           # each position sees `context`
             mask = torch.ones(T, T, dtype=torch.bool, device=codes.device).tril().triu(1 - context)
 
@@ -304,8 +306,8 @@ class HybridGPT(nn.Module):
                 x = (x + self.fuse(m)) * 2 ** -0.5                                # the variance stays 1
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
-        if cache:
-            cache.position += 1
+        if cache is not None:
+            cache.position += 1                               # now that every layer has stored its own
         return norm(x)
 
     def finer_logits(self, x, codes):
@@ -314,7 +316,9 @@ class HybridGPT(nn.Module):
         Row j of the result is about codebook j + 2, given codes 1 to j + 1; k from 1 to n_codebooks - 1.
         """
         k = codes.shape[1]
-        rows = codes + CODEBOOK_SIZE * torch.arange(k, device=codes.device)       # in all tables, one below the other
+        # rows of all tables, one below the other. depth_embedding[arange(k), codes] would be the same, but its gradient
+        # is added up in whatever order threads come, and a resumed run would no longer be the uninterrupted one
+        rows = codes + CODEBOOK_SIZE * torch.arange(k, device=codes.device)
         x = self.depth_in(x)[:, None] + F.embedding(rows, self.depth_embedding.flatten(0, 1))    # (n, k, n_depth_embd)
         rotary = self.rotary[:, :k]
         for block in self.depth_blocks:

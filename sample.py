@@ -11,8 +11,8 @@ One frame, 1/75 s, at a time, around one loop:
     └── coarse code and mel of this frame ◀──────────────── log-mel ◀──────┘
 
 A model with several codebooks draws the finer codes of a frame one after the other, each knowing those before it. They
-fix the exact shape of the wave; a lower --finer-temperature makes it smoother. But a hybrid hears what it has drawn,
-and learnt from codes as often as they occur: drawn too timidly, its sound may die away (notebooks/06_sampling.ipynb).
+fix the exact shape of the wave; a lower --finer-temperature makes it smoother. But a hybrid hears what it draws, and
+has learnt from sound whose codes vary as a recording's do: drawn too timidly, its own may die away (notebook 06).
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
 no frame costs more than one with a full context. The mel that the model is shown is that of what was just decoded.
@@ -49,12 +49,12 @@ def load(path, device="cpu", codec=None, codec_dir=None):
     if model.config.n_input_codebooks > model.config.n_codebooks:
         raise CheckpointError(f"{path} reads {model.config.n_input_codebooks} codebooks and predicts "
                               f"{model.config.n_codebooks}: it can be scored but not sampled")
-    hears = model.config.use_mel                              # a token-only model was shown a mel and ignored it
-    if hears and (checkpoint["lookahead"] or tuple(checkpoint["window"]) != WINDOW):
-        raise CheckpointError(f"{path} was trained on the mel of --lookahead {checkpoint['lookahead']} --window "
-                              f"{' '.join(map(str, checkpoint['window']))}: it can be scored but not sampled")
-    if hears and checkpoint.get("latents"):
-        raise CheckpointError(f"{path} was trained on --latents, not on a mel: it can be scored but not sampled")
+    if model.config.use_mel:                                  # a token-only model was shown a mel and ignored it
+        if checkpoint["lookahead"] or tuple(checkpoint["window"]) != WINDOW:
+            raise CheckpointError(f"{path} was trained on the mel of --lookahead {checkpoint['lookahead']} --window "
+                                  f"{' '.join(map(str, checkpoint['window']))}: it can be scored but not sampled")
+        if checkpoint.get("latents"):
+            raise CheckpointError(f"{path} was trained on --latents, not on a mel: it can be scored but not sampled")
     return model, its_codec(checkpoint, path, device, codec or checkpoint["codec"], codec_dir), checkpoint
 
 
@@ -101,7 +101,7 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
         else:
             chosen = draw(model.head(x), temperature, **how)[:, None]         # (B, k), coarse first
             for _ in range(1, model.config.n_codebooks):
-                finer = model.finer_logits(x, chosen)[:, -1]  # (B, 1024)
+                finer = model.finer_logits(x, chosen)[:, -1]  # (B, 1024); so few positions need no cache
                 chosen = torch.cat([chosen, draw(finer, finer_temperature, **how)[:, None]], dim=1)
             codes = chosen[:, :, None]
         wave = decoder.push(codes.to(codec.device))           # (B, 320)
@@ -150,10 +150,10 @@ def main():
                      or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
         sys.exit(f"error: cannot write {out}: --out takes a .wav or .flac file in an existing, writable folder")
     model, codec, checkpoint = load(args.ckpt, choose_device(args.device), args.codec, args.codec_dir)
-    trained_on, heard = checkpoint["mel_codebooks"], model.config.n_codebooks
-    if model.config.use_mel and heard not in (trained_on, checkpoint.get("mix")):
+    trained_on, hears = checkpoint["mel_codebooks"], model.config.n_codebooks         # the mel of so many codebooks
+    if model.config.use_mel and hears not in (trained_on, checkpoint.get("mix")):
         print(f"note: {args.ckpt} learnt from the mel of {f'{trained_on} codebooks' if trained_on else 'recordings'} "
-              f"and hears that of the {heard} it predicts: expect less of it than its NLL says", file=sys.stderr)
+              f"and hears that of the {hears} it predicts: expect less of it than its NLL says", file=sys.stderr)
     prompt = None
     if args.prompt is not None:
         wave = torch.from_numpy(np.concatenate(list(read_audio(args.prompt))))

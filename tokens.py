@@ -62,6 +62,7 @@ class CodecError(RuntimeError):
 def run_piece(module, x, state):
     """Apply one of EnCodec's modules to the next piece of a signal, x (B, C, T) -> (B, C', T').
 
+    Pieces are whole frames, so that every stride divides them and no layer has half an output pending.
     `state` is a dict, empty at the start of a clip: layer -> what it must remember. A causal convolution
     remembers the last inputs its kernel still reaches, a transposed one what its last input adds to the next block
     of outputs (its kernel is twice its stride: each input makes a block and the next), the LSTM its hidden state.
@@ -74,7 +75,7 @@ def run_piece(module, x, state):
         return run_piece(module.shortcut, x, state) + run_piece(module.block, x, state)
     if isinstance(module, SConv1d):
         conv = module.conv.conv
-        # how many inputs of the past go into the first output
+        # how many inputs before the first of a stride its output needs; the package pads by as many
         reach = (conv.kernel_size[0] - 1) * conv.dilation[0] - (conv.stride[0] - 1)
         if module in state:
             x = torch.cat([state[module], x], dim=-1)

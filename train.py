@@ -6,8 +6,9 @@ train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
     python train.py --dataset ~/recordings --out mine.pt    your own folder of audio
     python train.py --resume                                go on after an interruption, from out.last.pt
     python train.py --eval out.pt                           score a checkpoint, train nothing
-    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; without dropout and
-                                                            mel_noise the same losses, but for rounding
+    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; without dropout,
+                                                            mel_noise and own details the same losses, but for
+                                                            rounding
 
 Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
 that was printed, and each clip's NLL. An evaluation is the whole validation split in fixed order, so two of them can be
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 
 from corpora import CORPORA, DISK_FULL
 from data import MEL_OPTIONS, DataError, check_mel, prepare
-from mel import WINDOW
+from mel import WINDOW, log_mel
 from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
                    load_checkpoint, save, to_checkpoint)
 from tokens import CodecError, load_codec
@@ -45,9 +46,11 @@ TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 
 SHOWN = ("dataset", "codec", *MEL_OPTIONS)           # what a model is shown; out.pt and every result name these options
-MAY_MOVE = ("dataset", "codec", "codec_dir", "dtype", "compile", "accumulate")    # those that --resume may change
-NOT_THE_RUN = ("given", "out", "resume", "overwrite", "eval", "device")           # those that it does not remember
-BESIDE_EVAL = {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"} - {"latents"}        # that go with --eval
+MAY_CHANGE = ("dataset", "codec", "codec_dir",       # with --resume: where things lie now (hashes tell whether they
+              "dtype", "compile", "accumulate")      # are the same), and how to compute
+THIS_CALL = ("given", "out", "resume", "overwrite", "eval", "device")             # not stored for --resume
+# what may stand beside --eval; not --latents, as a model made for 80 numbers a frame could not read them
+BESIDE_EVAL = {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"} - {"latents"}
 
 
 def parse_arguments():
@@ -63,6 +66,8 @@ def parse_arguments():
         "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
     add("--mix", type=int, metavar="K", help="in training show every other crop the mel of K codebooks instead, or 0: "
         "of the original audio, to measure whether a model does better that knows both (default: not)")
+    add("--own-details", action="store_true", help="in training show every other crop the mel of what the model's own "
+        "finer codes decode to, below the right coarse ones: scheduled sampling")
     add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
     add("--latents", action="store_true", help="show in its place the codec's own vectors, what it decodes the first K "
         "codebooks from or, with --mel-codebooks 0, quantises")
@@ -107,14 +112,14 @@ def parse_arguments():
                             weight_decay=0, seed=0, mel_codebooks=0, mix=0).items():
         value = getattr(args, name)
         if value is not None and not least <= value < 2**63:                      # false for nan, too
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    read = {f.name: {"True": True, "False": False}.__getitem__ if f.type is bool else f.type
-            for f in dataclasses.fields(Config) if f.name not in ("n_codebooks", "context", "dropout", "n_mels")}
+            parser.error(f"--{name.replace('_', '-')} must be at least {least} and below 2**63")
+    types = {f.name: f.type for f in dataclasses.fields(Config)
+             if f.name not in ("n_codebooks", "context", "dropout", "n_mels")}
     fields = {}
     for word in args.set:
         field, _, value = word.partition("=")
-        try:
-            fields[field] = read[field](value)
+        try:                                                  # bool("False") would be True
+            fields[field] = {"True": True, "False": False}[value] if types[field] is bool else types[field](value)
         except (KeyError, ValueError):
             parser.error(f"--set {word}: wants FIELD=VALUE of model.py's Config, the value of that field's type "
                          "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
@@ -127,7 +132,8 @@ def parse_arguments():
         parser.error(f"--out {args.out} must be a file and end in .pt")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
-    # parse again into a namespace full of None: argparse puts no default where there is a value, so the rest was given
+    # Which options were given? Parse once more, into a namespace that has them all, as None: argparse sets a default
+    # only where an attribute is missing, so what is not None now was on the command line
     blank = argparse.Namespace(**dict.fromkeys(vars(args)))
     args.given = {name for name, value in vars(parser.parse_args(namespace=blank)).items() if value is not None}
     if args.eval is not None and (others := sorted(args.given - BESIDE_EVAL)):
@@ -165,20 +171,39 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     sums, counts = np.zeros(len(data.val)), np.diff(data.val)[:, 0]               # every frame is a target once
     correct, finer = 0, np.zeros(model.config.n_codebooks - 1)
     for codes, mel, targets, clip in data.validation(model.config.context, batch_size):
+        targets = targets.to(device)
         with autocast:
-            logits, losses = model(codes.to(device), mel.to(device), targets.to(device))
-        targets = targets[:, 0]                                                   # (B, T)
-        finer += losses[1:].cpu().double().numpy() * (targets != IGNORE).sum().item()
-        nll = F.cross_entropy(logits.float().transpose(1, 2), targets.to(device), ignore_index=IGNORE,
-                              reduction="none").sum(1)                            # (B,)
-        correct += (logits.argmax(-1).cpu() == targets).sum().item()              # IGNORE is never an argmax
-        np.add.at(sums, clip.numpy(), nll.cpu().double().numpy())
+            logits, losses = model(codes.to(device), mel.to(device), targets)
+        coarse = targets[:, 0]                                                    # (B, T)
+        row_nll = F.cross_entropy(logits.float().transpose(1, 2), coarse, ignore_index=IGNORE, reduction="none").sum(1)
+        np.add.at(sums, clip.numpy(), row_nll.cpu().double().numpy())             # a clip has many rows
+        correct += (logits.argmax(-1) == coarse).sum().item()                     # IGNORE is never an argmax
+        finer += losses[1:].cpu().double().numpy() * (coarse != IGNORE).sum().item()
     model.train(was_training)
     nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
     figures = {"val_nll": nll, "val_ppl": float(np.exp(min(nll, 700))), "val_acc": accuracy}
     if len(finer):
         figures["val_nll_finer"] = (finer / counts.sum()).round(4).tolist()
     return {**figures, "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.tolist()}
+
+
+@torch.no_grad()
+def own_details(model, codec, codes, mel, targets):
+    """A batch's mel (B, T, 80), but of what the right coarse codes and, below them, the model's own finer ones decode to.
+
+    That is nearly what it will hear when it samples; the right next code is still the answer (scheduled sampling,
+    Bengio et al., 1506.03099). Nearly: what it draws from has heard the right details, and a crop is decoded as if
+    there had been nothing before it.
+    """
+    model.eval()
+    x = model.stack(codes, mel).flatten(0, 1)                                     # (B * T, n_embd)
+    model.train()
+    chosen = targets[:, :1].clamp(min=0).mT.flatten(0, 1)                         # (B * T, 1)
+    for _ in range(1, model.config.n_codebooks):
+        p = model.finer_logits(x, chosen)[:, -1].softmax(-1)                      # (B * T, 1024)
+        chosen = torch.cat([chosen, torch.multinomial(p, 1)], dim=1)
+    wave = codec.decode(chosen.unflatten(0, mel.shape[:2]).mT)                    # (B, T * 320)
+    return torch.cat([mel[:, :1], log_mel(wave)[:, :-1]], dim=1)                  # position p is shown frame p - 1
 
 
 def count_targets(targets, depth_frames):
@@ -196,7 +221,7 @@ def learning_rate(step, args):
 
 
 def settle(args, files):
-    """Give the options of a new run whose default depends on others their value; refuse to overwrite unasked."""
+    """Fill in the defaults that depend on other options; refuse to overwrite an earlier run unasked."""
     for path in files:
         if path.exists() and path.stat().st_size and not args.overwrite:
             sys.exit(f"error: {path} exists: choose another --out, continue it with --resume, or discard it "
@@ -227,14 +252,14 @@ def new_model(args, codec):
         sys.exit(f"error: --set: {error}")
 
 
-def interrupted(args, last, device):
+def load_interrupted(args, last, device):
     """What --resume continues: (model, checkpoint) of the file `last`; args become those the run was started with, but
-    for those of MAY_MOVE that are given now."""
+    for those of MAY_CHANGE that are given now."""
     model, checkpoint = load_checkpoint(last, device)
     if "log_size" not in checkpoint:
         raise CheckpointError(f"{last} holds no training state, or that of an older version: --resume needs the one "
                               "that an interrupted run leaves beside --out")
-    for name in sorted(args.given & checkpoint["args"].keys() - set(MAY_MOVE)):
+    for name in sorted(args.given & checkpoint["args"].keys() - set(MAY_CHANGE)):
         if getattr(args, name) != checkpoint["args"][name]:
             sys.exit(f"error: --{name.replace('_', '-')} differs from the run in {last} "
                      f"({checkpoint['args'][name]}); --resume continues with the options it was started with")
@@ -243,7 +268,8 @@ def interrupted(args, last, device):
 
 
 def its_codec(checkpoint, path, device, name, folder):
-    """The codec that the checkpoint in `path` was trained with, by the name that it has here."""
+    """The codec that the checkpoint in `path` was trained with. name: may be another than the checkpoint's, for a file
+    that lies elsewhere now; the checksum may not."""
     codec = load_codec(name, device, folder)
     if codec.checksum != checkpoint["codec_checksum"]:
         raise CodecError(f"{path} was trained on codes of codec {checkpoint['codec']} "
@@ -298,7 +324,7 @@ def main():
         return score(args, device)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-        by_cpu = dist.new_group(backend="gloo", timeout=timedelta(days=1))        # to agree without waiting for a GPU
+        cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))     # to agree without waiting for a GPU
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
     if RANK:                                                  # the first process alone evaluates and writes
@@ -306,7 +332,7 @@ def main():
 
     # --- what the run is: from the command line, or from the checkpoint that is continued
     if args.resume:
-        model, checkpoint = interrupted(args, last, device)
+        model, checkpoint = load_interrupted(args, last, device)
         codec = its_codec(checkpoint, last, device, args.codec, args.codec_dir)
     else:
         settle(args, (out, last, log_path))
@@ -321,6 +347,10 @@ def main():
                  f"{args.batch_size * args.context} positions")
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):          # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
+    if args.own_details and (args.mix is not None or args.latents or args.lookahead or args.window != list(WINDOW)
+                             or not model.config.use_mel or model.config.n_codebooks != args.mel_codebooks):
+        sys.exit("error: --own-details wants a hybrid that predicts several codebooks and is shown the mel of as many, "
+                 "without --mix, --latents, --lookahead and --window")
     mel_is = {name: getattr(args, name) for name in MEL_OPTIONS}
     other_mel = {**mel_is, "mel_codebooks": args.mix}
     if args.mix is not None:                                  # this, too, is found now
@@ -338,7 +368,7 @@ def main():
         if not RANK:
             last.unlink(missing_ok=True)                      # --overwrite: nothing must continue the old run now
     model.train()
-    # decay pulls weights of matrix products towards zero; it has no business with embeddings
+    # no weight decay for embeddings: it would shrink the rows of rare codes at every step, and few steps teach them
     decayed = [p for name, p in model.named_parameters() if "embedding" not in name]
     others = [p for name, p in model.named_parameters() if "embedding" in name]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
@@ -346,16 +376,16 @@ def main():
                                   lr=args.lr, betas=(0.9, 0.95), fused=True)
     step, tokens_seen, seconds, best = 0, 0, 0.0, math.inf
     if args.resume:
-        if checkpoint["audio"] != data.audio:
+        if checkpoint["audio"] != data.fingerprint:
             raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now")
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, tokens_seen, seconds, log_size = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "log_size"))
-        best = checkpoint["best"] if out.exists() else math.inf                   # lost: an evaluation writes it anew
+        best = checkpoint["best"] if out.exists() else math.inf         # without it the next evaluation is the best
         checkpoint = None                                     # or its memory would stay taken
     compiled = device.type == "cuda" if args.compile is None else args.compile
-    forward = torch.compile(model) if compiled else model
+    wrapped = torch.compile(model) if compiled else model
     if WORLD > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(forward)
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
 
     # --- the log
     log = open(log_path, "a" if args.resume else "w")
@@ -372,8 +402,8 @@ def main():
     print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
           f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, **{name: getattr(args, name) for name in SHOWN}, "mix": args.mix,
-             "codec_checksum": codec.checksum, "data_key": data.key, "audio": data.audio}
-    options = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
+             "codec_checksum": codec.checksum, "data_key": data.key, "audio": data.fingerprint}
+    options = {k: v for k, v in vars(args).items() if k not in THIS_CALL}
     report({"step": step, "args": options, "n_params": n_params, **facts, "device": str(device),
             "torch": torch.__version__, "unigram_nll": unigram, "train_frames": data.meta["train_frames"],
             "val_frames": data.meta["val_frames"]})
@@ -385,7 +415,7 @@ def main():
 
     # --- the loop
     start, tokens_logged, time_logged = time.time() - seconds, tokens_seen, time.time()
-    lr, norm = 0.0, torch.zeros(())
+    lr, grad_norm = 0.0, torch.zeros(())
 
     def diverged(what):
         sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; "
@@ -393,16 +423,18 @@ def main():
                  + "; start anew with a lower --lr (and --overwrite)")
 
     while True:
+        # Here, between two steps, and nowhere else a run is evaluated, saved and left. What is saved is the moment
+        # before this evaluation: --resume repeats it, so log_size is taken now, and cuts off what comes
         seconds, log_size = time.time() - start, log.tell()
         stop = max(stopped_by, default=0)
         if WORLD > 1:                                         # all processes stop after the same step
             stop = torch.tensor(stop)                         # on the CPU: no step should wait for a GPU
-            dist.all_reduce(stop, dist.ReduceOp.MAX, group=by_cpu)
+            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)
             stop = stop.item()
-        due = not stop and (step % args.eval_every == 0 or step == args.steps)    # a stop leaves it to --resume
-        if (step % 20 == 0 or due or stop) and not norm.isfinite():
+        due = not stop and (step % args.eval_every == 0 or step == args.steps)    # told to stop: --resume will evaluate
+        if (step % 20 == 0 or due or stop) and not grad_norm.isfinite():
             diverged("the loss or its gradient")
-        if due and RANK == 0:                                 # `model`: `forward` would be compiled anew for eval mode
+        if due and RANK == 0:                                 # `model`: `wrapped` would be compiled anew for eval mode
             figures = evaluate(model, data, args.batch_size // (args.accumulate * WORLD), autocast)
             if not math.isfinite(figures["val_nll"]):
                 diverged("the validation loss")
@@ -434,28 +466,33 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         # batch and dropout depend on options, step and process alone, so that a resumed run is the uninterrupted one
-        which = args.seed, step, args.batch_size, context, args.stretch
-        batch = data.batch(*which)                            # codes, mel, targets
+        crops = args.seed, step, args.batch_size, context, args.stretch
+        batch = data.batch(*crops)                            # codes, mel, targets
         if mixed_in:                                          # the same crops, every other one with its other mel
-            batch[1][step % 2::2] = mixed_in.batch(*which)[1][step % 2::2]
+            batch[1][step % 2::2] = mixed_in.batch(*crops)[1][step % 2::2]
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
-        # each step another offset: many crops begin with a clip, and else most frames near its start would not come up
+        # each step another offset: with a fixed one most frames near a clip's start, where many crops begin, would
+        # never be learnt
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = count_targets(batch[2], depth_frames), 0.0          # (2,)
         # of the batch this process's rows, of these --accumulate parts
         parts = zip(*(x.chunk(WORLD)[RANK].chunk(args.accumulate) for x in batch))
-        for n_part, some in enumerate(parts, start=1):
+        for n_part, part in enumerate(parts, start=1):
             if WORLD > 1:                                     # gradients are averaged once, after the last part
-                forward.require_backward_grad_sync = n_part == args.accumulate
+                wrapped.require_backward_grad_sync = n_part == args.accumulate
+            codes, mel, targets = (move(x, device) for x in part)
+            if args.own_details and len(mel) > step % 2:
+                some = slice(step % 2, None, 2)
+                mel[some] = own_details(model, codec, codes[some], mel[some], targets[some]).type_as(mel)
             with autocast:
-                _, losses = forward(*(move(x, device) for x in some), depth_frames=move(depth_frames, device))    # (K,)
-            # clips shorter than the context are padded, so parts hold unequal numbers of targets: weighed by its share
-            # of them, the means of all parts and processes add up to the means over the batch
-            share = count_targets(some[2], depth_frames) / n_targets.clamp(min=1)
-            loss = losses[0] * share[0] + (losses[1:].mean() * share[1] if len(losses) > 1 else 0)
+                _, losses = wrapped(codes, mel, targets, depth_frames=move(depth_frames, device))         # (K,)
+            # clips shorter than the context are padded, so parts hold unequal numbers of targets: each weighed by its
+            # share of them, the means of all parts and processes add up to the means over the batch
+            shares = count_targets(part[2], depth_frames) / n_targets.clamp(min=1)           # coarse, finer
+            loss = losses[0] * shares[0] + (losses[1:].mean() * shares[1] if len(losses) > 1 else 0)
             (loss * WORLD).backward()                         # the processes' gradients will be averaged, not summed
             loss_sum += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1

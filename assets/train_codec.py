@@ -14,7 +14,7 @@ once, from random weights, it ends up using one codebook, and that says little; 
   2. both halves learn to give the sound back from unquantised latents, a fifth of the clips from the envelope alone,
      with as much noise on it as one codebook will make;
   3. each codebook is fitted by k-means to what the codebooks before it left over: the first to the envelope and
-     nothing else, see `described`, so that ten bits suffice for words, the others to its remainder and the waveform.
+     nothing else, see `described`, so that all its bits go into what words are made of; the others to all that is left.
      The decoder learns to hear 1, 2, 4 or 8 codebooks, another number for every clip of the batch: any will decode;
   4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser.
 
@@ -48,8 +48,8 @@ from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock,
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
 WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,       # shares of the gradient,
-           "decoder": 1.0, "envelope": 1.0, "waveform": 1.0, "commitment": 0.3}              # see `balance`
-OFTEN = {1: 0.2, 2: 0.3, 4: 0.2, 8: 0.3}                      # codebooks a clip is decoded from, and how often so many
+           "decoder": 1.0, "envelope": 1.0, "unchanged": 1.0, "commitment": 0.3}              # see `balance`
+OFTEN = {1: 0.2, 2: 0.3, 4: 0.2, 8: 0.3}                      # number of codebooks a clip is decoded from: how likely
 PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # of each: the fraction of the steps at which it ends, and
           (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # the learning rates of encoder and decoder
 SHAPE = dict(n_filters=16, dimension=132, lstm=2)             # of the networks
@@ -83,8 +83,9 @@ def load(folders):
 def batch(train, rng, batch_size, n_samples):
     """Random crops, an equal share of every folder, varied as below -> (B, n_samples) float32 in [-1, 1].
 
-    Half of them are played at 0.8 to 1.25 times the speed, which moves pitch and formants too; one in five comes from a
-    room: plus noise that dies away by 60 dB in 0.1 to 0.6 seconds, convolved with it. Level and polarity are random."""
+    Half of them are played at 0.8 to 1.25 times the speed, which moves pitch and formants too; one in five is put into
+    a room: to it is added its convolution with noise that dies away by 60 dB in 0.1 to 0.6 s. Level and polarity are
+    random."""
     rows = []
     for _ in range(batch_size):
         waves = train[rng.integers(len(train))]
@@ -142,15 +143,17 @@ def initialise(model, wave):
             linear = len(basis)
         start_as_identity(layer, linear)
         x = layer(x)
-    conv.weight[COUNT] = 0                                    # the encoder leaves these latents to the codebooks
+    model.encoder.model[-1].conv.conv.weight[COUNT] = 0       # the encoder leaves these latents to the codebooks
     for layer in model.decoder.model:
+        if isinstance(layer, (SConv1d, SConvTranspose1d)):    # they undo the encoder's, last to first
+            basis = mirror.pop().transpose(0, 1)                              # (linear channels out, in, r)
+            linear = len(basis)
         if isinstance(layer, SConv1d):
-            conv, basis = layer.conv.conv, mirror.pop().transpose(0, 1)       # (linear channels out, in, r)
-            plant(conv, conv.weight, basis, slice(-1, None))
+            plant(layer.conv.conv, layer.conv.conv.weight, basis, slice(-1, None))
         if isinstance(layer, SConvTranspose1d):                               # its weight is (in, out, kernel)
-            conv, basis = layer.convtr.convtr, mirror.pop().transpose(0, 1)
+            conv = layer.convtr.convtr
             plant(conv, conv.weight.transpose(0, 1), basis, slice(basis.shape[2]))
-        start_as_identity(layer, len(basis))
+        start_as_identity(layer, linear)
 
 
 def plant(conv, weight, basis, taps):
@@ -180,10 +183,10 @@ def nearest(x, codebook):
 
 
 def described(rest, k, first):
-    """The part of rest (rows, C) that codebook k has words for: codebook 1 for the latents `first` only, the envelope.
+    """The part of rest (rows, C) that codebook k is fitted to: codebook 1 to the latents `first` only, the envelope.
 
-    All its 1024 words then describe that, and nothing else decides which of them is nearest: the waveform, loud and
-    hard to predict, would use up its ten bits."""
+    Its vectors then differ in nothing else, and nothing else decides which is nearest: the waveform, loud and hard to
+    predict, would use up its ten bits."""
     return F.pad(rest[:, first], (first.start, rest.shape[1] - first.stop)) if k == 0 else rest
 
 
@@ -369,20 +372,26 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
 
     The graph is cut at the latents and at the output; at each cut every loss's gradient is taken alone and weighed by
     `balance`, and the sum goes on from there.
-    frozen: the encoder as phase 3 found it; wave (B, N); counts (B,) codebooks, of which phase 2 only asks whether they
-    are one; phase as in the module's head; discriminator: None until it joins. Returns the losses by name and, from
-    phase 2 on, the decoded wave (B, N)."""
+    frozen: the encoder as phase 3 found it; wave (B, N); counts (B,) codebooks that each clip is decoded from;
+    discriminator: None until it joins. Returns the losses by name and, from phase 2 on, the decoded wave (B, N).
+
+    phase   losses at the latents    the decoder hears                           and its gradient reaches the latents
+      1     envelope                 (it does not run)
+      2     envelope                 latents; if counts is 1, a noisy envelope   all it heard
+      3                              codes                                       none: the encoder stands still
+      4     unchanged, commitment    codes, of codebooks that follow             the envelope only, straight through
+    """
     encoder_learns = phase != 3
     with torch.set_grad_enabled(encoder_learns):
         latents = model.encoder(wave[:, None])                # (B, C, T)
     leaf = latents.detach().requires_grad_(encoder_learns)
     spectral = leaf[:, ENVELOPE]
-    alone = lambda part: F.pad(part, (0, 0, ENVELOPE.start, leaf.shape[1] - ENVELOPE.stop))   # and zeros
+    among_zeros = lambda part: F.pad(part, (0, 0, ENVELOPE.start, leaf.shape[1] - ENVELOPE.stop))   
     losses, out = {}, None
     if phase < 3:
         losses["envelope"] = (spectral - envelope(wave)).square().mean()
     if phase == 2:
-        coarse = alone(spectral + NOISE * torch.randn_like(spectral))
+        coarse = among_zeros(spectral + NOISE * torch.randn_like(spectral))
         heard = torch.where((counts == 1)[:, None, None], coarse, leaf)
         heard[:, COUNT] = count_latents(torch.where(counts == 1, 1, 8))[:, :, None]
     if phase > 2:
@@ -390,10 +399,10 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
     if phase == 4:                                            # only the envelope adapts, the waveform stays as it was
         with torch.no_grad():
             target = frozen(wave[:, None])
-        losses["waveform"] = (leaf - target)[:, WAVEFORM].square().mean()
+        losses["unchanged"] = (leaf - target)[:, WAVEFORM].square().mean()
         losses["commitment"] = (spectral - first[:, ENVELOPE]).square().mean()                # be near a code
         # straight-through: adds zero, but hands the decoder's gradient at the code on to the encoder's latents
-        heard = heard + alone(spectral - spectral.detach())
+        heard = heard + among_zeros(spectral - spectral.detach())
     at_latents = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
     if phase > 1:
         out = model.decoder(heard)[:, 0]                      # (B, N)

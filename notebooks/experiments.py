@@ -34,6 +34,7 @@ shipped   the recipes of the models in assets/, for three hours of audio: `nano`
           for 1,200 steps
 robust    `nano` as there, but with twice the noise; with half of the crops shown the recording's mel; with half shown
           that of the coarse code alone, without and with noise. One seed, to be sampled from
+own       `nano` as there, but with half of the crops shown the mel of its own finer codes. One seed, too
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds; and these from as few places a
@@ -113,6 +114,7 @@ EXPERIMENTS = {                                               # question: {model
     "robust": {"nano-noise1-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=1.0"],
                **{f"nano-mix{k}-steps1200": [*NANO, "--steps", "1200", "--mix", str(k)] for k in (0, 1)},
                "nano-noise-mix1-steps1200": [*NANO, "--steps", "1200", "--mix", "1", "--set", "mel_noise=0.5"]},
+    "own": {"nano-own-steps1200": [*NANO, "--steps", "1200", "--own-details"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32{suffix}": [*options, "--context", "32", "--batch-size", "128", *stretch]
@@ -134,7 +136,7 @@ TWINS["hybrid-late-steps1200"] = ["gpt-m-late-steps1200"]
 for model, options in MODELS.items():
     if "gpt" not in model and model not in TWINS:
         kind = model.split("-")[0]                            # coarse or nano
-        twin = re.sub(r"-(heard|noise|mix)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
+        twin = re.sub(r"-(heard|noise|mix|own)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
         TWINS[model] = [twin if twin in MODELS else f"{kind}-gpt" + "-late" * ("-late-" in model)]
 MANY = ("gap", "window", "streams", "mix", "longer", "shipped", "short", "codec", "paper", "scale")    # several seeds
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")

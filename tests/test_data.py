@@ -749,7 +749,7 @@ def test_audio_is_known_by_its_ending_and_a_link_that_leads_nowhere_is_none(tmp_
 def test_other_lengths_of_clips_are_other_audio(tmp_path):
     one, two = (numbered(tmp_path / name, lengths, [False, True])
                 for name, lengths in (("a", [30, 20]), ("b", [29, 21])))
-    assert one.audio != two.audio and one.audio == Dataset(one.home).audio
+    assert one.fingerprint != two.fingerprint and one.fingerprint == Dataset(one.home).fingerprint
 
 
 @pytest.mark.parametrize("rows, val", [([[0, 30], [30, 51]], [False, True]), ([[0, 30], [30, 50]], [False, False]),

@@ -32,6 +32,7 @@ import corpora
 import data
 import tokens
 import train
+from mel import log_mel
 from model import IGNORE, HybridGPT, load_checkpoint, save
 from tokens import load_codec
 
@@ -306,11 +307,11 @@ def test_an_evaluation_leaves_the_model_in_the_mode_it_was_in(run, trained, trai
 
 # ----------------------------------------------------------------------------- going on after an interruption
 
-@pytest.mark.parametrize("stop_at", [3, 4, 6])
-def test_resuming_gives_the_same_losses_as_not_stopping(run, tmp_path, stop_at):
+@pytest.mark.parametrize("stop_at, more", [(3, []), (4, []), (6, []), (3, ["--own-details"])])
+def test_resuming_gives_the_same_losses_as_not_stopping(run, tmp_path, stop_at, more):
     """Stopped between two evaluations, where one is due (a signal does not wait for it), or after the last step; with
-    dropout, whose random state must go on as well."""
-    options = ["--steps", 6, "--dropout", 0.2]
+    dropout, whose random state must go on as well, and so must that of the codes that a model draws itself."""
+    options = ["--steps", 6, "--dropout", 0.2, *more]
     assert run(tmp_path, *options, "--out", "whole.pt").code == 0
     batch = data.Dataset.batch
 
@@ -459,6 +460,50 @@ def test_every_other_crop_is_shown_the_mel_that_is_mixed_in(run, tmp_path):
         assert torch.equal(mixed[1 - step % 2::2], decoded[1 - step % 2::2])
     facts = load_checkpoint(tmp_path / "mixed.pt")[1]
     assert step == 3 and facts["mel_codebooks"] == 8 and facts["mix"] == 0
+
+
+def test_own_details_are_the_mel_of_the_right_coarse_codes_and_of_finer_ones_drawn_from_the_model(run, trained):
+    model, checkpoint = load_checkpoint(trained / "out.pt")
+    codec = load_codec(checkpoint["codec"])
+    codes, mel, targets = data.Dataset(run.cache / checkpoint["data_key"]).batch(0, 0, 2, 32)
+    targets[1, :, 20:], mel[1, 21:] = IGNORE, 0                                   # the end of a short clip
+    asked = []
+
+    def sure(self, x, chosen):
+        """Codebook k: the coarse code plus k, beyond all doubt."""
+        asked.append(chosen)
+        wanted = (chosen[:, :1] + torch.arange(1, chosen.shape[1] + 1)) % 1024
+        return 1e4 * torch.nn.functional.one_hot(wanted, 1024).float()
+    with mock.patch.object(HybridGPT, "finer_logits", sure):
+        own = train.own_details(model.train(), codec, codes, mel, targets)
+    coarse = targets[:, :1].clamp(min=0)                                          # (2, 1, 32)
+    expected = log_mel(codec.decode((coarse + torch.arange(8)[:, None]) % 1024))
+    assert own.shape == mel.shape and model.training and asked[-1].shape == (64, 7)
+    assert torch.allclose(own[:, 1:], expected[:, :-1], atol=1e-4) and torch.equal(own[:, 0].half(), mel[:, 0])
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(train.own_details(model, codec, codes, mel, targets))
+    one, same, other = drawn
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_every_other_crop_is_shown_its_own_details(run, tmp_path):
+    shown, forward = [], HybridGPT.forward
+
+    def recorded(self, codes, mel, *args, **more):
+        if self.training:
+            shown.append(mel.clone())
+        return forward(self, codes, mel, *args, **more)
+    for options in ([], ["--own-details"], ["--own-details", "--accumulate", 4]):
+        with mock.patch.object(HybridGPT, "forward", recorded):
+            assert run(tmp_path, "--batch-size", 4, *options, "--steps", 2, "--out", f"{len(options)}.pt").code == 0
+    for step in range(2):
+        usual, own = shown[step], shown[2 + step]
+        assert torch.equal(own[1 - step % 2::2], usual[1 - step % 2::2])
+        assert all(not torch.equal(a, b) for a, b in zip(own[step % 2::2], usual[step % 2::2]))
+    assert [len(mel) for mel in shown] == [4] * 4 + [1] * 8                       # of one row: in every other step
+    assert torch.equal(torch.cat(shown[8:]), shown[1]) and not torch.equal(torch.cat(shown[4:8]), shown[0])
 
 
 def test_a_mel_to_mix_in_that_cannot_be_had_is_refused_before_any_work(run, tmp_path):
@@ -815,6 +860,9 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--set", "fuse=glue"], ["--set", "glue", "concat"]),
     (["--set", "n_input_codebooks=9"], ["8 codebooks", "n_input_codebooks"]),
     (["--lookahead", 192], ["lookahead", "--mel-codebooks 0"]),
+    *[(["--own-details", *more], ["--own-details"]) for more in (
+        ["--n-codebooks", 1], ["--mel-codebooks", 0], ["--mix", 0], ["--latents"], ["--window", 512, 512],
+        ["--model", "nano-gpt"], ["--mel-codebooks", 0, "--lookahead", 9])],
     (["--dataset", ""], ["no dataset ''"]),
     (["--codec-dir", ""], ["empty name"]),
     (["--batch-size", "many"], ["--batch-size"]),

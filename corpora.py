@@ -57,8 +57,8 @@ class Archive(NamedTuple):
 
 class Corpus(NamedTuple):
     archives: tuple
-    val: str | None = None           # the folder that validates, or None: about a tenth of the groups do
-    group: int = 2                   # a clip's group: so many leading parts of its path. Groups are never divided
+    val: str | None = None           # the folder that validates; None: about a tenth of the groups do
+    group: int = 2                   # then a group is: clips whose paths share so many leading parts. It is never divided
 
 
 SLR12 = "https://www.openslr.org/resources/12"                # checksums: md5sum.txt there
@@ -68,18 +68,18 @@ DEV_CLEAN = Archive(f"{SLR12}/dev-clean.tar.gz", "md5:42e2234ba48799c1f50f24a792
 FMA_SMALL = Archive("https://os.unil.cloud.switch.ch/fma/fma_small.zip",              # checksum: github.com/mdeff/fma
                     "sha1:ade154f733639d52e35e32f5593efe5be76c6d70", "fma_small")
 
-CORPORA = {                          # LibriSpeech/dev-clean/84/…: a group is a speaker
-    "librispeech": Corpus((TRAIN_CLEAN_100, DEV_CLEAN), val="LibriSpeech/dev-clean", group=3),
-    "librispeech-mini": Corpus((DEV_CLEAN,), group=3),
-    "fma": Corpus((FMA_SMALL,)),     # fma_small/000/…: the tracks of a thousand uploaded in a row, so that nearly all
-}                                    # albums stay whole
+CORPORA = {
+    "librispeech": Corpus((TRAIN_CLEAN_100, DEV_CLEAN), val="LibriSpeech/dev-clean"),
+    "librispeech-mini": Corpus((DEV_CLEAN,), group=3),        # LibriSpeech/dev-clean/84/…: a speaker
+    "fma": Corpus((FMA_SMALL,)),     # fma_small/000/…: of a thousand uploaded in a row, so nearly all albums stay whole
+}
 
 
 # ----------------------------------------------------------------------------- one process at a time
 
 @contextlib.contextmanager
 def alone(folder):
-    """Wait until no other process is inside `alone(folder)`. The operating system ends that when the process dies."""
+    """Wait until no other process is inside `alone(folder)`. The operating system frees it if a process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         with contextlib.suppress(ImportError):                # Windows has no fcntl: there, start one at a time
@@ -98,7 +98,7 @@ def alone(folder):
 # ----------------------------------------------------------------------------- from the net
 
 def fetch(name, home=None):
-    """A corpus by name -> (folder, `Corpus`): its archives' folders lie below `folder`, fetched if they do not yet.
+    """A corpus by name -> (folder, `Corpus`): its archives' folders lie below `folder`, and are fetched if not there.
 
     Raises DataError, in one line, if they cannot be had. What has arrived is kept, and the next call goes on from it.
     """
@@ -111,7 +111,7 @@ def fetch(name, home=None):
             for archive in corpus.archives:
                 if not (home / archive.folder).is_dir():
                     unpack(download(archive, home), archive, home)
-                _path(archive, home).unlink(missing_ok=True)
+                _path(archive, home).unlink(missing_ok=True)  # also one left by a call that ended right after unpacking
     return home, corpus
 
 
@@ -161,7 +161,7 @@ def download(archive, home):
             if done:
                 if _is_right(path, archive):
                     return path
-                path.unlink()                                 # these bytes are good for nothing
+                path.unlink()                                 # or every later call would go on from it, and fail
                 raise DataError(f"{archive.url}: what arrived is not what its publishers describe (it should have the "
                                 f"checksum {archive.checksum}); it was deleted: run the command again")
             idle = 0 if path.exists() and path.stat().st_size > have else idle + 1
@@ -182,11 +182,11 @@ def _receive(url, path, have, bar):
         return True                                           # nothing beyond `have`: the checksum will tell
     with reply:
         length = reply.headers.get("Content-Length")
-        if have and reply.status != 206:                      # it knows no ranges, and begins again
-            if length and int(length) < have:                 # or this is a page that says why it does not
+        if have and reply.status != 206:                      # it knows no ranges, and sends all of it
+            if length and int(length) < have:                 # shorter than what is here: a page that says no
                 raise OSError(f"{length} bytes came instead of the rest")
             have = 0
-        total = have + int(length) if length else None
+        total = (have + int(length)) if length else None
         if total and shutil.disk_usage(path.parent).free < 2 * total - have:              # packed and unpacked
             raise DataError(f"{path.parent} has not the {(2 * total - have) / 1e9:.1f} GB of free space that "
                             f"{path.name} needs, packed and unpacked: make room, or let that folder be a link to a "
@@ -248,7 +248,7 @@ def _members(path):
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as file:
             for entry in file.infolist():
-                kind = stat.S_IFMT(entry.external_attr >> 16)                     # 0 where it was made without
+                kind = stat.S_IFMT(entry.external_attr >> 16)                     # 0: the archiver stored no Unix mode
                 if not entry.is_dir():
                     yield entry.filename, kind in (0, stat.S_IFREG), lambda: file.open(entry)
     else:

@@ -219,8 +219,8 @@ class HybridGPT(nn.Module):
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1, whichever branches there are: twins differ in what they read, not in
-        # this. finer_embedding and depth_embedding stay small: thousands of rarely used random vectors, which at full size
-        # drown what they are added to until each is learnt
+        # this. finer_embedding and depth_embedding stay small: thousands of rarely used random vectors, which at full
+        # size drown what they are added to until each is learnt
         for name in ("mel_in", "code_embedding", "start_embedding", "fuse", "depth_in"):
             if layer := getattr(self, name, None):
                 n_terms = getattr(layer, "in_features", 1)    # of variance 1, which it sums; an embedding has only one

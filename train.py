@@ -189,7 +189,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
 
 @torch.no_grad()
 def own_details(model, codec, codes, mel, targets):
-    """A batch's mel (B, T, 80), but of what the right coarse codes and, below them, the model's own finer ones decode to.
+    """A batch's mel (B, T, 80), but that of the right coarse codes and, below them, of the model's own finer ones.
 
     That is nearly what it will hear when it samples; the right next code is still the answer (scheduled sampling,
     Bengio et al., 1506.03099). Nearly: what it draws from has heard the right details, and a crop is decoded as if

@@ -58,7 +58,8 @@ class Piece:
         self.rng, self.tonic, self.minor, self.metre = rng, tonic, minor, metre
         self.bar, self.strong, self.beat = METRES[metre]
         self.quarter = 60 / rng.uniform(*tempo) / self.beat  # seconds
-        self.notes, self.programs, self.lines, self.chords = [], [], set(), []
+        self.notes, self.programs = [], []
+        self.lines, self.chords = set(), []  # melodies, from their first note on, and all chords: what `main` compares
         self.phrases = min(8, max(2, int(rng.uniform(27, 37) / (4 * self.bar * self.quarter))))
 
     def instrument(self, choices):
@@ -77,7 +78,7 @@ class Piece:
         return 38 + (self.pitch(chord + 2 * inverted, chord) - 38) % 12
 
     def add(self, channel, start, length, pitch, velocity):
-        """Adds a note, with a swell over each four bars, an accent on the first beat, and a human touch."""
+        """Add a note, with a swell over each four bars, an accent on the first beat, and a human touch."""
         velocity *= .9 + .18 * math.sin(math.pi * (start / (4 * self.bar) % 1))
         velocity += 6 * (start % self.bar == 0) + self.rng.gauss(0, 3)
         start = max(0, start + self.rng.gauss(0, .007) / self.quarter)
@@ -149,7 +150,7 @@ def melody(p, chords, motifs, low, high, cadence=True, against=()):
 
 
 def ornament(p, line):
-    """Varies a repeated phrase: a leap of a third is filled with a passing note."""
+    """Vary a repeated phrase: a leap of a third is filled with a passing note."""
     varied = []
     for (start, length, degree, chord), after in zip(line, line[1:] + line[-1:]):
         if length >= 1 and abs(after[2] - degree) == 2 and p.rng.random() < .6:
@@ -378,7 +379,7 @@ def midi_bytes(p, ticks=480):
 
 
 def render(p, soundfont, folder):
-    """Plays the piece with fluidsynth: 24 kHz mono samples, trimmed, faded out, at a level of its own."""
+    """Play the piece with fluidsynth: 24 kHz mono samples, trimmed, faded out, at a level of its own."""
     (folder / "piece.mid").write_bytes(midi_bytes(p))
     subprocess.run(["fluidsynth", "-ni", "-q", "-g", "0.5", "-r", "48000", "-O", "float", "-F",
                     folder / "piece.wav", soundfont, folder / "piece.mid"],
@@ -403,10 +404,11 @@ def main():
     soundfont = next((path for path in SOUNDFONTS if Path(path).exists()), None)
     if not shutil.which("fluidsynth") or not soundfont:
         sys.exit("make_music.py needs: apt-get install --no-install-recommends fluidsynth fluid-soundfont-gm")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     stages = [*MINUTES.items(), *([("train", args.more)] if args.more else [])]
     number, taken, train_programs = 0, {"train": set(), "val": set()}, set()
-    with tempfile.TemporaryDirectory() as folder:
+    # everything is rendered next to its place and moved there at the end: no half-made corpus
+    with tempfile.TemporaryDirectory(prefix=".music-", dir=args.out.resolve().parent) as folder:
         work = Path(folder)
         for split, minutes in stages:
             (work / split).mkdir(exist_ok=True)
@@ -416,7 +418,8 @@ def main():
                     keys = list(itertools.product(range(55, 67), (False, True)))
                     random.Random(f"{args.seed} {split} {pieces}").shuffle(keys)
                 style = list(STYLES)[pieces % len(STYLES)]
-                for attempt in itertools.count():  # another attempt, if a phrase was heard in the other split
+                # again, if a phrase was heard in the other split, or validation would bring an instrument of its own
+                for attempt in itertools.count():
                     p = compose(f"{args.seed} {split} {number} {attempt}", style, *keys[pieces % 24])
                     marks = p.lines | {("chords", *p.chords)}
                     heard = taken["val" if split == "train" else "train"]
@@ -434,9 +437,10 @@ def main():
                 seconds, size = seconds + len(audio) / RATE, size + path.stat().st_size
             print(f"{split}: {pieces} pieces, {seconds / 60:.1f} minutes, {size:,} bytes, {len(programs)} "
                   f"instruments and drums: {', '.join(GM[n][0] for n in sorted(programs))}", flush=True)
+        args.out.mkdir(exist_ok=True)
         for split in MINUTES:
             shutil.rmtree(args.out / split, ignore_errors=True)
-            shutil.move(work / split, args.out / split)
+            (work / split).replace(args.out / split)
 
 
 if __name__ == "__main__":

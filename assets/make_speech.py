@@ -20,6 +20,7 @@ Licences, as stated in /usr/share/doc/<package>/copyright:
 The sentences were written for this project.
 """
 import argparse, os, random, re, shutil, subprocess, sys, tempfile
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import soundfile as sf
@@ -236,7 +237,7 @@ TOPICS = {name: [" ".join(t.split()) for t in templates.split("|")] for name, te
 # ---- from templates to passages ----------------------------------------------------------------------------
 
 def fill(template, split, rng):
-    """one sentence from a template, no word used twice in it"""
+    """One sentence from a template, no word used twice in it."""
     used = set()
     def pick(slot):
         words = WORDS[slot[1]] if split == "val" else WORDS[slot[1]][:-2]
@@ -249,12 +250,15 @@ def fill(template, split, rng):
 
 
 def seconds(text):
-    """about how long a sentence takes at the usual rate, the pause after it included"""
+    """About how long a sentence takes at the usual rate, the pause after it included."""
     return 0.20 + 0.056 * len(text)
 
 
+Clip = namedtuple("Clip", "name voice tempo pitch level pauses sentences")
+
+
 def plan(split, n_clips, taken, rng):
-    """the clips of a split, as (name, voice, tempo, pitch, level, pauses, sentences)"""
+    """The clips of a split, a list of `Clip`."""
     # each topic deals its templates out like cards, so all are used about equally often
     decks, voices, counts, clips = {}, [], {}, []
     for i in range(n_clips):
@@ -278,13 +282,13 @@ def plan(split, n_clips, taken, rng):
         counts[voice] = counts.get(voice, 0) + 1
         name, level = f"{voice}-{counts[voice]:03d}", rng.uniform(0.35, 0.8)
         pauses = [rng.uniform(0.1, 0.3) for _ in passage]
-        clips.append((name, voice, tempo, pitch, level, pauses, passage))
+        clips.append(Clip(name, voice, tempo, pitch, level, pauses, passage))
     return clips
 
 # ---- from text to sound ------------------------------------------------------------------------------------
 
 def speak(voice, speed, texts, folder):
-    """the sentences as a list of (samples, rate), read at `speed` times the engine's usual rate"""
+    """The sentences as a list of (samples, rate), read at `speed` times the engine's usual rate."""
     engine, name = VOICES[voice][:2]
     paths = [os.path.join(folder, f"{i}.wav") for i in range(len(texts))]
     if engine == "flite":
@@ -308,14 +312,14 @@ def speak(voice, speed, texts, folder):
 
 
 def trim(x, rate):
-    """cut the engine's own silence, keeping 30 ms on each side"""
+    """Cut the engine's own silence, keeping 30 ms on each side."""
     loud = np.flatnonzero(np.abs(x) > 0.015 * np.abs(x).max())
     margin = int(0.03 * rate)
     return x[max(0, loud[0] - margin): loud[-1] + margin]
 
 
 def render(clip, folder):
-    """write one clip; return its length in seconds"""
+    """Write one clip; return its length in seconds."""
     name, voice, tempo, pitch, level, pauses, passage = clip
     parts = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -363,8 +367,8 @@ def main():
                 lengths = list(pool.map(lambda clip: render(clip, folder), clips))
             size = sum(entry.stat().st_size for entry in os.scandir(folder))
             print(f"{split}: {len(clips)} clips of {min(lengths):.1f} to {max(lengths):.1f} s, "
-                  f"{sum(lengths) / 60:.1f} minutes, {sum(len(clip[-1]) for clip in clips)} sentences, "
-                  f"{len({clip[1] for clip in clips})} voices, {size:,} bytes")
+                  f"{sum(lengths) / 60:.1f} minutes, {sum(len(clip.sentences) for clip in clips)} sentences, "
+                  f"{len({clip.voice for clip in clips})} voices, {size:,} bytes")
         os.makedirs(out, exist_ok=True)
         for split in plans:
             shutil.rmtree(os.path.join(out, split), ignore_errors=True)

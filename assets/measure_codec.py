@@ -7,7 +7,7 @@ measure_codec.py: how well a codec does, as the table in assets/README.md.
 Clips the codec was not trained on (train_codec.py's rule, `data.split_clips`) go through 1, 2, 4 and 8 codebooks and,
 beside them, through Opus at 6 kbit/s, the rate of 8 codebooks. For every clip:
 
-    mel distance   mean |difference| of mel.py's log-mel, in nats of power; lower is better
+    mel distance   mean |difference| of log-mels (mel.py's, but the usual Hann window), in nats; lower is better
     SI-SDR         scale-invariant signal-to-distortion ratio in dB (Le Roux et al., 1811.02508): the waveform itself
     STOI           short-time objective intelligibility, 0 to 1 (Taal et al. 2011), speech only
     PESQ           wide-band at 16 kHz, 1.0 to 4.6 (ITU-T P.862.2), speech only
@@ -85,7 +85,8 @@ def measure(codec, waves, speech):
         codes.append(codec.encode(torch.from_numpy(wave)[None]))
         for k in COUNTS:
             rows[str(k)].append(compare(codec.decode(codes[-1][:, :k])[0].numpy(), wave, speech))
-    means = {name: {m: float(np.mean([r[m] for r in row])) for m in row[0]} for name, row in rows.items()}
+    means = {name: {key: float(np.mean([clip[key] for clip in clips])) for key in clips[0]}
+             for name, clips in rows.items()}
     return means, [perplexity(c) for c in torch.cat(codes, dim=-1)[0]]
 
 
@@ -97,11 +98,12 @@ def cost(codec):
     middle = time.perf_counter()
     codec.decode(codes)
     end = time.perf_counter()
-    stream = codec.stream_decoder()
-    for t in range(300):
-        if t == 50:
-            begin = time.perf_counter()
-        stream.push(codes[..., t:t + 1])
+    decoder, frames = codec.stream_decoder(), codes[..., :300].split(1, dim=-1)
+    for frame in frames[:50]:                                 # the first ones are slower
+        decoder.push(frame)
+    begin = time.perf_counter()
+    for frame in frames[50:]:
+        decoder.push(frame)
     return {"encode 1 min, s": middle - start, "decode 1 min, s": end - middle,
             "stream, ms/frame": (time.perf_counter() - begin) / 250 * 1000,
             "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}

@@ -9,13 +9,13 @@ how much it changes within the next 1/15 s. Two sets of clips are compared by th
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))      m mean, C covariance, in nats squared
 
-of two Gaussians with the mean and covariance of their vectors (Dowson and Landau, 1982); no network judges. It hears
-timbre, loudness, pauses and how fast things change, not words or melodies. All sets are compared twice: with the
-validation clips, of which the first --seconds count, and with the codec's own copy of them: a model of its codes never
-knows more of a recording. For scale, so are the training clips and their copy (nothing should be expected to come
-closer). What a model has generated is measured again with its coarse codes alone decoded. Every generated set is drawn
-again with other seeds, to show how far chance alone moves a figure. Prints a table and writes a file, unless told
-otherwise results/closeness-DATASET.json.
+of two Gaussians with the mean and covariance of their vectors (Dowson and Landau, 1982); no network judges. The
+distance hears timbre, loudness, pauses and how fast things change, not words or melodies. Every set is compared with
+the validation clips (their first --seconds) and with what the codec makes of these: a model of its codes never knows
+more of a recording. For scale, so are the training clips and their decoded copy; nothing should be expected to come
+closer. Generated sets are measured a second time with only their coarse codes decoded, and drawn again with other
+seeds, to show how far chance moves a figure. Prints a table and writes a file, unless told otherwise
+results/closeness-DATASET.json.
 """
 import argparse
 import sys
@@ -27,12 +27,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_blocks, split_clips
 from experiments import commit, label, machine, write
-from mel import FRAME_RATE, HANN, SAMPLE_RATE, log_mel
+from mel import FRAME_RATE, HANN, HOP, SAMPLE_RATE, log_mel
 from model import CheckpointError
 from sample import generate, load
 from tokens import CodecError
 
-LAG = FRAME_RATE // 15
+LAG = FRAME_RATE // 15               # frames: 1/15 s
 
 
 def statistics(waves):
@@ -62,7 +62,7 @@ def recordings(dataset, seconds):
             wave = torch.from_numpy(next(read_blocks(folder / name, int(seconds * SAMPLE_RATE), silence=0)))
         except DataError:                                                        # `prepare` has named and skipped it
             continue
-        if len(wave) > LAG * SAMPLE_RATE // FRAME_RATE * 2:
+        if len(wave) > 2 * LAG * HOP:
             splits[is_val].append(wave)
     return splits
 
@@ -127,8 +127,8 @@ def main():
             sets = []
             for seed in range(args.seeds):
                 generator = torch.Generator().manual_seed(seed)
-                codes, waves = zip(*generate(model, codec, round(args.seconds * FRAME_RATE), args.clips, None,
-                                             temperature, finer, generator=generator))
+                codes, waves = zip(*generate(model, codec, round(args.seconds * FRAME_RATE), args.clips,
+                                             temperature=temperature, finer_temperature=finer, generator=generator))
                 sets.append((torch.cat(codes, dim=-1), torch.cat(waves, dim=1)))
             name = f"{Path(path).stem}, temperature {temperature:g}, finer codes {finer:g}"
             facts = {"checkpoint": path, "preset": checkpoint["preset"], "val_nll": checkpoint.get("val_nll"),

@@ -8,8 +8,9 @@ results/.
 
 A fair comparison needs models that are alike: `coarse` (tokens and mel) and `coarse-gpt` (tokens only), which predict
 the coarse code, have the same size, batches, steps, dropout and schedule; each may choose its learning rate from the
-same four, by validation NLL on the first dataset with seed 0 (or on --search), and keeps it for all else. The others
-have that of their kind, but for the four of `paper` and the one of `streams` that reads eight codes: these choose, too.
+same four, by validation NLL on the first dataset (or on --search) with seed 0, and keeps it for all else. So may the
+`streams` model that reads eight codes and, from three, `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, in `paper` and again in
+`scale`. All others use that of the model they are a variant of, or of its kind.
 `nano` and `nano-gpt` are the presets as they are: they predict all eight codes.
 
 gap       what is gained with the recording's mel, and what is left of it with the mel that sampling shows: `coarse`,
@@ -72,18 +73,19 @@ from model import PRESETS, write_whole
 from tokens import MINI_SHA256
 
 RESULTS, RUNS = ROOT / "results", ROOT / "runs"               # runs/ holds checkpoints and is not committed
-COARSE, GPT = (["--model", model, "--n-codebooks", "1"] for model in ("nano", "nano-gpt"))
+NANO, NANO_GPT = ["--model", "nano"], ["--model", "nano-gpt"]
+COARSE, GPT = [*NANO, "--n-codebooks", "1"], [*NANO_GPT, "--n-codebooks", "1"]
 HEARD = [*COARSE, "--mel-codebooks", "8"]
 HANN = ["--window", "512", "512"]
 REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt"                       # by refit_codec.py
             for first in ("whole", "waveform", "hann", "late")}
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
-NANO, NANO_GPT = COARSE[:2], GPT[:2]
 SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")
-PAPER, SCALE = (["--n-codebooks", "1", "--context", "256", "--batch-size", "32", "--steps", steps, "--eval-every",
-                 every, "--dtype", "bfloat16", *more]
-                for steps, every, more in (("400", "50", []), ("1200", "100", ["--compile"])))
-EXPERIMENTS = {                                               # question: {model: options of train.py}
+LARGE = "--n-codebooks 1 --context 256 --batch-size 32".split()
+PAPER = [*LARGE, *"--steps 400 --eval-every 50 --dtype bfloat16".split()]
+SCALE = [*LARGE, *"--steps 1200 --eval-every 100 --dtype bfloat16 --compile".split()]
+# question: {model: options of train.py}, in an order that counts: `read` looks for them in a result's command
+EXPERIMENTS = {
     "gap": {**TRIO, "nano": NANO, "nano-gpt": NANO_GPT},
     "window": {f"coarse-{late}{name}": [*COARSE, *HANN, *ahead, *codec]
                for late, codec in (("", []), ("late-", ["--codec", REFITTED["late"]]))
@@ -129,20 +131,27 @@ EXPERIMENTS = {                                               # question: {model
               **{f"{name}-late-steps1200": ["--model", name, *SCALE, "--codec", REFITTED["late"]]
                  for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-# what a gain is measured against: token-only models, otherwise the same, or that predict as many codes
-TWINS = {f"hybrid{mel}{steps}": [f"{gpt}{steps}" for gpt in ("gpt-m", "gpt-s", "gpt-l")]
-         for mel in ("", "-heard") for steps in ("", "-steps1200")}
-TWINS["hybrid-late-steps1200"] = ["gpt-m-late-steps1200"]
-for model, options in MODELS.items():
-    if "gpt" not in model and model not in TWINS:
-        kind = model.split("-")[0]                            # coarse or nano
-        twin = re.sub(r"-(heard|noise|mix|own)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
-        TWINS[model] = [twin if twin in MODELS else f"{kind}-gpt" + "-late" * ("-late-" in model)]
-MANY = ("gap", "window", "streams", "mix", "longer", "shipped", "short", "codec", "paper", "scale")    # several seeds
+SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "longer", "shipped", "short", "codec", "paper", "scale")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
-HOW = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+ONE_THREAD = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})       # as runs go side by side
+
+
+def twin(model):
+    """The token-only model that is otherwise the same or, if there is none, the plain one for as many of these codes.
+
+    nano-noise-steps600 -> nano-gpt-steps600, coarse-codes8 -> coarse-gpt, coarse-late-cut192 -> coarse-gpt-late"""
+    kind = model.split("-")[0]                                # coarse or nano
+    name = re.sub(r"-(heard|noise|mix|own)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
+    return name if name in MODELS else f"{kind}-gpt" + "-late" * ("-late-" in model)
+
+
+# what a gain is measured against
+TWINS = {f"hybrid{mel}{steps}": [f"{gpt}{steps}" for gpt in ("gpt-m", "gpt-s", "gpt-l")]
+         for mel in ("", "-heard") for steps in ("", "-steps1200")}
+TWINS["hybrid-late-steps1200"] = ["gpt-m-late-steps1200"]
+TWINS |= {model: [twin(model)] for model in MODELS if "gpt" not in model and model not in TWINS}
 
 
 def machine(threads=1, device="cpu"):
@@ -167,8 +176,9 @@ def label(dataset):
 
 
 def read(path):
-    """A run's result, or None if there is none of what its model is now, with the codec that ships now."""
+    """A run's result, or None: there is none, or it was made with another `mini` or with other options than now."""
     result = json.loads(path.read_text()) if path.exists() else {}
+    # a refitted codec has a checksum of its own; that it comes from this `mini` is in its file name, among the options
     if result.get("codec_checksum") == MINI_SHA256[:16] or "--codec" in MODELS.get(result.get("model"), ()):
         options = [*MODELS[result["model"]], "--lr", result["lr"], "--seed", str(result["seed"])]
         return result if " ".join(options) in result["command"] else None
@@ -180,28 +190,32 @@ def write(path, content):
     write_whole(path, (re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n").encode())
 
 
+def files_of(dataset, model, lr, seed):
+    """A run's result and its checkpoint: two paths."""
+    name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
+    return RESULTS / f"{name}.json", RUNS / f"{name}.pt"
+
+
 def run(dataset, model, lr, seed, device="cpu"):
     """Train once, unless that is done; return the result: the best evaluation and what it was made with."""
-    name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
-    result = RESULTS / f"{name}.json"
-    if not read(result):
+    file, out = files_of(dataset, model, lr, seed)
+    if not read(file):
         for first, codec in REFITTED.items():
             if codec in MODELS[model] and not (ROOT / codec).exists():
                 raise RuntimeError(f"no {codec}: make it with python notebooks/refit_codec.py {first}")
-        out = RUNS / f"{name}.pt"
         place = dataset if dataset == label(dataset) else str(Path(dataset).expanduser().resolve())
         options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", device]
         if device != "cpu" and "--compile" not in options:    # it takes longer than most of these runs
             options += ["--no-compile", *([] if "--dtype" in options else ["--dtype", "float32"])]
         again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
-        legs = out.with_suffix(".commits")                    # a run that was interrupted may owe itself to several
-        commits = [commit(), *(legs.read_text().split() if again == ["--resume"] and legs.exists() else ())]
-        write_whole(legs, " ".join(dict.fromkeys(commits)).encode())
-        with open(out.with_suffix(".txt"), "a") as text:
-            done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=text, stderr=text, **HOW)
-        last = (Path(text.name).read_text().strip().splitlines() or ["no word"])[-1]
+        made_by = out.with_suffix(".commits")                 # an interrupted run may owe itself to several
+        commits = [commit(), *(made_by.read_text().split() if again == ["--resume"] and made_by.exists() else ())]
+        write_whole(made_by, " ".join(dict.fromkeys(commits)).encode())
+        with open(out.with_suffix(".txt"), "a") as said:
+            done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=said, stderr=said, **ONE_THREAD)
+        last = (Path(said.name).read_text().strip().splitlines() or ["no word"])[-1]
         if done.returncode and "no longer finite" not in last:        # such a run counts with its best evaluation, too
-            raise RuntimeError(f"run {name} failed: {last.removeprefix('error: ')} (all of it: {text.name})")
+            raise RuntimeError(f"run {file.stem} failed: {last.removeprefix('error: ')} (all of it: {said.name})")
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         evaluations = [entry for entry in log if "val_nll" in entry]
         best = min(evaluations, key=lambda e: e["val_nll"])
@@ -212,26 +226,25 @@ def run(dataset, model, lr, seed, device="cpu"):
                    "best": best, "seconds": evaluations[-1]["seconds"],
                    "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],
                    "machine": machine(device=device), "dtype": log[0]["args"]["dtype"], "torch": log[0]["torch"],
-                   "commit": legs.read_text(),
+                   "commit": made_by.read_text(),
                    "scores": {trained_on(model): {"val_nll": best["val_nll"], **clips}}}
-        write(result, content)
+        write(file, content)
         out.with_suffix(".last.pt").unlink()                  # nothing is left to continue
-    return json.loads(result.read_text())
+    return json.loads(file.read_text())
 
 
 def score(dataset, model, lr, seed, device="cpu"):
     """Add to the result of a hybrid of `gap` or `mix` what it scores, clip by clip, with other mels than it was trained
     on: that of the original ("0"), of 1 and of 8 codebooks."""
-    name = f"{label(dataset)}-{model}-lr{lr}-seed{seed}"
-    result, out = RESULTS / f"{name}.json", RUNS / f"{name}.pt"
-    content = json.loads(result.read_text())
+    file, out = files_of(dataset, model, lr, seed)
+    content = json.loads(file.read_text())
     if model in {**EXPERIMENTS["gap"], **EXPERIMENTS["mix"]}.keys() & TWINS.keys() and out.exists():
         for shown in sorted({"0", "1", "8"} - content["scores"].keys()):
             done = subprocess.run([*TRAIN, "--eval", str(out), "--mel-codebooks", shown, "--device", device,
-                                   "--dtype", "float32"], stdout=subprocess.PIPE, check=True, **HOW)
+                                   "--dtype", "float32"], stdout=subprocess.PIPE, check=True, **ONE_THREAD)
             figures = json.loads(done.stdout)
             content["scores"][shown] = {key: figures[key] for key in ("val_nll", "clip_nll", "clip_targets")}
-            write(result, content)
+            write(file, content)
 
 
 def trained_on(model):
@@ -252,7 +265,8 @@ def bootstrap(gains, weights, draws=1000):
 
 
 def table(datasets):
-    """Two markdown tables from results/: each model at its learning rate, and what each hybrid gains over its twin."""
+    """Two markdown tables from results/: each model at its learning rate, and what each hybrid gains over its twin.
+    ("The original" is what `coarse-codes8` is said to be shown, too; it sees none.)"""
     models = ["| dataset | model | parameters | lr | val NLL by seed | mean ± sd | perplexity | accuracy | unigram |",
               "|---|---|---|---|---|---|---|---|---|"]
     gains = ["| dataset | gain of | over | shown the mel (or vectors) of | by seed | mean | 95 % interval |",
@@ -263,21 +277,22 @@ def table(datasets):
         for model, found in runs.items():
             made |= {(r["codec"], r["codec_checksum"], r["machine"], r["dtype"], r["torch"]) for r in found}
             nll = [r["best"]["val_nll"] for r in found]
-            mean = lambda key: statistics.mean(r["best"][key] for r in found)
+            average = lambda key: statistics.mean(r["best"][key] for r in found)
             spread = f" ± {statistics.stdev(nll):.3f}" if len(nll) > 1 else ""
             models.append(f"| {dataset} | `{model}` | {found[0]['best']['n_params']:,} | {found[0]['lr']} | "
-                          f"{' '.join(f'{n:.3f}' for n in nll)} | {mean('val_nll'):.3f}{spread} | "
-                          f"{mean('val_ppl'):.1f} | {100 * mean('val_acc'):.1f} % | {mean('unigram_nll'):.3f} |")
-        for model, twin in ((m, t) for m, twins in TWINS.items() for t in twins):
+                          f"{' '.join(f'{n:.3f}' for n in nll)} | {average('val_nll'):.3f}{spread} | "
+                          f"{average('val_ppl'):.1f} | {100 * average('val_acc'):.1f} % | "
+                          f"{average('unigram_nll'):.3f} |")
+        for model, other in ((model, other) for model, others in TWINS.items() for other in others):
             for shown, name in (("0", "the original"), ("8", "8 codebooks"), ("4", "4 codebooks"),
                                 ("2", "2 codebooks"), ("1", "1 codebook")):
-                if found := gain(runs.get(model, []), runs.get(twin, []), shown):
+                if found := gain(runs.get(model, []), runs.get(other, []), shown):
                     by_seed, mean, low, high = found
                     seeds = " ".join(f"{g:+.3f}" for g in by_seed)
-                    gains.append(f"| {dataset} | `{model}` | `{twin}` | {name} | {seeds} | {mean:+.3f} | "
+                    gains.append(f"| {dataset} | `{model}` | `{other}` | {name} | {seeds} | {mean:+.3f} | "
                                  f"{low:+.3f} to {high:+.3f} |")
-    return "\n".join([*models, "", *gains, "", *(f"Codec {c} ({checksum}), {where}, {dtype}, torch {torch}."
-                                                for c, checksum, where, dtype, torch in sorted(made))])
+    return "\n".join([*models, "", *gains, "", *(f"Codec {c} ({checksum}), {where}, {dtype}, torch {version}."
+                                                for c, checksum, where, dtype, version in sorted(made))])
 
 
 def best_runs(dataset, model):
@@ -302,16 +317,38 @@ def gain(runs, twins, shown="0"):
         return Gain([b["val_nll"] - a["val_nll"] for a, b in pairs], *bootstrap(by_clip, pairs[0][1]["clip_targets"]))
 
 
+def choose_rates(questions, dataset, device, pool):
+    """{model: its learning rate} for those that may choose one, by validation NLL on a dataset with seed 0."""
+    tried = [(model, lr) for lr in PAPER_RATES for question in ("paper", "scale") if question in questions
+             for model in EXPERIMENTS[question] if "-heard" not in model and "-late" not in model]
+    small = ["coarse", "coarse-gpt"] * bool({*questions} - {"paper", "scale"})
+    small += ["coarse-codes8"] * ("streams" in questions)     # reads something else
+    tried += [(model, lr) for lr in LEARNING_RATES for model in small]
+    found = list(pool.map(lambda pair: run(dataset, *pair, 0, device)["best"]["val_nll"], tried))
+    nll = dict(zip(tried, found))
+    return dict(sorted(tried, key=nll.get, reverse=True))     # of each model's rates the last, of the lowest NLL, stays
+
+
+def rate_of(model, chosen):
+    """The learning rate that a model has chosen, or that of what it is a variant of, or of its kind; the wider, the
+    lower."""
+    variant_of = model.replace("-heard", "").replace("-late", "")
+    kind = MODELS[model][1].replace("nano", "coarse")         # the preset
+    lr = next(chosen[name] for name in (model, variant_of, kind) if name in chosen)
+    width = re.search(r"width(\d+)", model)
+    return f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}" if width else lr
+
+
 def main():
     parser = argparse.ArgumentParser(description="Compare hybrids with token-only models of their size.")
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
     parser.add_argument("--search", metavar="DATASET", help="where learning rates are chosen (default: the first)")
-    parser.add_argument("--seeds", type=int, default=3, help=f"how many, of {', '.join(MANY)} (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help=f"how many, of {', '.join(SEVERAL_SEEDS)} (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: one thread a run (default: cpu)")
-    parser.add_argument("--table", action="store_true", help="print the table of the results that exist")
+    parser.add_argument("--table", action="store_true", help="run nothing, only print the tables of what there is")
     args = parser.parse_args()
     if args.seeds < 1 or args.jobs < 1:
         parser.error("--seeds and --jobs must be at least 1")
@@ -319,26 +356,10 @@ def main():
         for folder in (RESULTS, RUNS):
             folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            search = [(m, lr) for lr in PAPER_RATES for question in ("paper", "scale") if question in args.only
-                      for m in EXPERIMENTS[question] if "-heard" not in m and "-late" not in m]
-            searched = ["coarse", "coarse-gpt"] * bool({*args.only} - {"paper", "scale"})
-            searched += ["coarse-codes8"] * ("streams" in args.only)                      # reads something else
-            search += [(m, lr) for lr in LEARNING_RATES for m in searched]
-            found = list(pool.map(lambda r: run(args.search or args.datasets[0], *r, 0, args.device), search))
-            nll = {r: result["best"]["val_nll"] for r, result in zip(search, found)}
-            best = dict(sorted(search, key=nll.get, reverse=True))            # of each model the last, lowest, stays
-            runs = []
-            for question in args.only:
-                seeds = range(args.seeds if question in MANY else 1)
-                for model, options in EXPERIMENTS[question].items():
-                    # one that was not searched for has the rate of what it is a variant of, or of its kind
-                    variant_of = model.replace("-heard", "").replace("-late", "")
-                    kind = options[1].replace("nano", "coarse")
-                    lr = next(best[name] for name in (model, variant_of, kind) if name in best)
-                    width = re.search(r"width(\d+)", model)
-                    if width:
-                        lr = f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}"
-                    runs += [(d, model, lr, seed, args.device) for seed in seeds for d in args.datasets]
+            chosen = choose_rates(args.only, args.search or args.datasets[0], args.device, pool)
+            runs = [(dataset, model, rate_of(model, chosen), seed, args.device)
+                    for question in args.only for model in EXPERIMENTS[question]
+                    for seed in range(args.seeds if question in SEVERAL_SEEDS else 1) for dataset in args.datasets]
             list(pool.map(lambda r: (run(*r), score(*r)), dict.fromkeys(runs)))
     print(table(args.datasets))
 

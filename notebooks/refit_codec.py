@@ -10,11 +10,11 @@ codebooks are fitted anew by k-means, the first one to other latents of a frame:
 
     whole       all of them, envelope and waveform alike, as an RVQ usually is
     waveform    those of the waveform
-    hann        those of the envelope, as in `mini`: what the next is to be compared with
+    hann        those of the envelope, through `mini`'s own window: what the next is to be compared with
     late        the envelope, as mel.py's window hears it, late: the code's own samples
 
-For the last two the encoder first learns its targets, from where `mini` left it. The decoder has not been trained for
-any of these: they are there to be predicted, not to be heard.
+For the last two `mini`'s encoder is first trained on, to write that envelope into its latents. The decoder has not been
+trained for any of these: they are there to be predicted, not to be heard.
 """
 import argparse
 import sys
@@ -38,8 +38,8 @@ WINDOWS = {"hann": HANN, "late": WINDOW}
 STEPS = 800
 
 
-def learn(encoder, train, envelope):
-    """Train the encoder to write an `Envelope` into its latents; prints how much of its variance is missed."""
+def teach_envelope(encoder, train, envelope):
+    """Train the encoder to write an `Envelope` into its latents; print how much of its variance is missed."""
     optimizer = torch.optim.AdamW(encoder.requires_grad_(True).parameters(), weight_decay=0.0)
     missed = []
     for step in range(STEPS):
@@ -71,7 +71,7 @@ def main():
     torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
     waves = batch(train, np.random.default_rng(0), 256, 4 * SAMPLE_RATE)
     if args.first in WINDOWS:
-        learn(model.encoder, train, Envelope(waves[:64], WINDOWS[args.first]))
+        teach_envelope(model.encoder, train, Envelope(waves[:64], WINDOWS[args.first]))
     with torch.no_grad():
         latents = torch.cat([model.encoder(some).mT.flatten(0, 1) for some in waves[:, None].split(16)])
     fit_codebooks(model.quantizer, latents, FIRST.get(args.first, ENVELOPE))

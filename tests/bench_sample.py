@@ -1,10 +1,10 @@
 """
-python tests/bench_sample.py                 untrained `nano`, codec mini; needs about three minutes on two cores
+python tests/bench_sample.py                 untrained `nano`, codec mini; about a minute
 python tests/bench_sample.py --device cuda --num 64          on a GPU, 64 streams side by side
 
 Is sampling faster than real time, does it stay so, and what does remembering save? Prints, from one run:
 
-    real-time factor    seconds of audio per second, one stream, everything included
+    real-time factor    seconds of audio per second, all streams together, everything included
     second 60 / 5       median time of the frames around second 60 over that around second 5: 1 is constant time
     recompute / stream  the first ten seconds, against running model, decoder and spectrogram over the whole past for
                         every frame (every tenth frame is timed; weights do not matter to the time, so none are trained)
@@ -62,11 +62,11 @@ def main():
         print(f"second 60 / 5       {around(60) / around(5):.3f}   ({1000 * around(60):.2f} over "
               f"{1000 * around(5):.2f} ms)")
 
-    sampled = range(0, 10 * FRAME_RATE, 10)
+    timed = range(0, 10 * FRAME_RATE, 10)
     start = time.perf_counter()
-    for t in sampled:
+    for t in timed:
         recompute(model, codec, codes[..., :t])
-    recomputed = (time.perf_counter() - start) / len(sampled) * 10 * FRAME_RATE
+    recomputed = (time.perf_counter() - start) / len(timed) * 10 * FRAME_RATE
     streamed = times[:10 * FRAME_RATE].sum()
     print(f"recompute / stream  {recomputed / streamed:.1f}   (10 s of audio: {recomputed:.0f} over {streamed:.1f} s)")
 

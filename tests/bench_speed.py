@@ -1,5 +1,5 @@
 """
-python tests/bench_speed.py                      two minutes on two cores; ratios, all from one run
+python tests/bench_speed.py                      three minutes on two cores; ratios, all from one run
 python tests/bench_speed.py --device cuda --compile --dtype bfloat16 --models gpt-s hybrid gpt-l --batch-size 64
 
 What does it cost? Each pair takes turns, and a ratio is the median over the turns: a machine that slows down slows both.
@@ -12,7 +12,8 @@ What does it cost? Each pair takes turns, and a ratio is the median over the tur
                   bundled music, on all cores or the GPU; and positions a second, gathered into batches
 
 With a GPU, tokens a second and the share of its peak that the model's arithmetic uses (6 operations a parameter and
-token, 12 a layer, channel and position seen for attention, as nanoGPT counts; --peak is that of an H100 or H200, bf16).
+token, the embedding's too, and 12 a layer of the stack, channel and position for attention, nearly as nanoGPT counts;
+--peak is that of an H100 or H200, bf16).
 """
 import argparse
 import contextlib
@@ -95,7 +96,7 @@ def bench_training(args):
     B, T = args.batch_size, 512
     codes = torch.randint(CODEBOOK_SIZE, (B, 1, T), device=args.device)
     targets = torch.randint(CODEBOOK_SIZE, (B, 1, T), device=args.device)
-    mel = torch.randn(B, T, 80, device=args.device)
+    mel = torch.randn(B, T, N_MELS, device=args.device)
     models = {"nanoGPT-shaped": NanoGPT()} | {name: HybridGPT(PRESETS[name]) for name in args.models}
     steps = {}
     for name, model in models.items():
@@ -166,7 +167,7 @@ def bench_preparation(args):
 
 def main():
     parser = argparse.ArgumentParser(description="Time training, spectrogram and preparation.")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--compile", action="store_true", help="torch.compile all models")
     parser.add_argument("--models", nargs="+", choices=[m for m in PRESETS if PRESETS[m].n_codebooks == 1],

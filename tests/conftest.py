@@ -38,8 +38,8 @@ def same_random_numbers_whatever_ran_before():
 def liven(model):
     """Make a random codec listen, and fill its codebooks with normal vectors as wide as what reaches them.
 
-    Fresh weights shrink a signal layer by layer until only the biases are left: without, and a little larger, the
-    latents follow the audio. Then neighbouring codes differ, and a change in the audio changes them.
+    Fresh weights shrink a signal layer by layer until only the biases are left. Without biases and with larger weights
+    the latents follow the audio: then neighbouring codes differ, and a change in the audio changes them.
     """
     for name, parameter in model.named_parameters():
         parameter.mul_(0 if "bias" in name else 3 ** 0.5)

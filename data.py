@@ -416,7 +416,8 @@ class Dataset:
                     and mel.shape[1] == len(self.mel_statistics[0])
                     and codes.dtype == np.uint16 and mel.dtype == np.float16 and clips.dtype == np.int64
                     and 0 <= clips.min() <= clips.max() <= len(codes) and (clips[:, 0] < clips[:, 1]).all()
-                    and len(self.train) and len(self.val))
+                    and len(self.train) and len(self.val)
+                    and self.meta["train_frames"] + self.meta["val_frames"] == len(codes))
         except Exception as error:                            # damaged arrays make numpy raise almost anything
             raise self.damaged(type(error).__name__) from error
         if not fits:

@@ -306,6 +306,16 @@ def test_a_cache_whose_parts_do_not_fit_together_is_refused(tmp_path, tiny_codec
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
 
 
+@pytest.mark.parametrize("spoilt", [lambda meta: meta.pop("val_frames"), lambda meta: meta.update(train_frames=1),
+                                    lambda meta: meta["clips"].pop()])
+def test_a_cache_whose_description_is_damaged_is_refused(tmp_path, tiny_codec, spoilt):
+    dataset = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True)
+    spoilt(dataset.meta)
+    (dataset.home / "meta.json").write_text(json.dumps(dataset.meta))
+    with pytest.raises(DataError, match=f"{dataset.key} is damaged.*delete"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+
+
 def test_a_cache_with_codes_that_do_not_exist_is_refused(tmp_path, tiny_codec):
     dataset = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True)
     codes = np.load(tmp_path / "cache" / dataset.key / "codes.npy")

@@ -67,7 +67,8 @@ def parse_arguments():
     add("--mix", type=int, metavar="K", help="in training show every other crop the mel of K codebooks instead, or 0: "
         "of the original audio, to measure whether a model does better that knows both (default: not)")
     add("--own-details", action="store_true", help="in training show every other crop the mel of what the model's own "
-        "finer codes decode to, below the right coarse ones: scheduled sampling")
+        "finer codes decode to, below the right coarse ones (scheduled sampling); on a CPU a step takes four times as "
+        "long")
     add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
     add("--latents", action="store_true", help="show in its place the codec's own vectors, what it decodes the first K "
         "codebooks from or, with --mel-codebooks 0, quantises")

@@ -31,11 +31,11 @@ steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
 mix       `coarse-heard` and `nano` with half of the crops shown the recording's mel instead, so that they know both
 noise     `nano` and `coarse` with noise on the mel they are trained on, as one's own voice is never quite right
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
-shipped   the recipes of the models in assets/, for three hours of audio: `nano` with noise and without, and `nano-gpt`,
-          for 1,200 steps
+shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
 robust    `nano` as there, but with twice the noise; with half of the crops shown the recording's mel; with half shown
           that of the coarse code alone, without and with noise. One seed, to be sampled from
-own       `nano` as there, but with half of the crops shown the mel of its own finer codes. One seed, too
+own       `nano` as there, but with half of the crops shown the mel of its own finer codes; one seed. (From these two
+          questions are the models in assets/: on speech `nano-own`, on music `nano`, and `nano-gpt`)
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds; and these from as few places a

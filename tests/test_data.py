@@ -50,6 +50,12 @@ def codec_whose_encoder(tiny_codec, stream_encoder):
                            quantize=tiny_codec.quantize, device=tiny_codec.device, stream_encoder=stream_encoder)
 
 
+def describe(home, n_frames, val):
+    """The meta.json of a Dataset made by hand: so many frames, and which clips validate."""
+    clips = [{"name": str(i), "val": bool(v)} for i, v in enumerate(val)]
+    (home / "meta.json").write_text(json.dumps({"clips": clips, "train_frames": n_frames, "val_frames": 0}))
+
+
 def numbered(home, lengths, val):
     """A Dataset without audio in which row i has the code i and a mel frame full of i."""
     home.mkdir()
@@ -60,7 +66,7 @@ def numbered(home, lengths, val):
     np.save(home / "mel.npy", np.repeat(rows[:, None], 80, axis=1).astype(np.float16))
     np.save(home / "clips.npy", np.stack([ends - lengths, ends], axis=1))
     np.savez(home / "mel_statistics.npz", mean=np.zeros(80), covariance=np.eye(80))
-    (home / "meta.json").write_text(json.dumps({"clips": [{"name": str(i), "val": v} for i, v in enumerate(val)]}))
+    describe(home, len(rows), val)
     return Dataset(home)
 
 
@@ -673,8 +679,7 @@ def test_a_hundred_hours_take_no_more_memory_than_their_batches(tmp_path):
         np.lib.format.open_memmap(home / f"{name}.npy", "w+", dtype, shape)        # a sparse file: it takes no disk
     ends = np.arange(1500, n + 1, 1500)                                            # clips of 20 seconds
     np.save(home / "clips.npy", np.stack([ends - 1500, ends], axis=1))
-    names = [{"name": str(i), "val": i % 100 == 0} for i in range(len(ends))]
-    (home / "meta.json").write_text(json.dumps({"clips": names}))
+    describe(home, n, [i % 100 == 0 for i in range(len(ends))])
     dataset = Dataset(home)
     dataset.batch(0, 0, 16, 256)
     before = resident()
@@ -767,6 +772,6 @@ def test_other_lengths_of_clips_are_other_audio(tmp_path):
 def test_a_list_of_clips_that_does_not_fit_is_refused(tmp_path, rows, val):
     home = numbered(tmp_path / "home", [30, 20], [False, True]).home
     np.save(home / "clips.npy", np.array(rows))
-    (home / "meta.json").write_text(json.dumps({"clips": [{"name": str(i), "val": v} for i, v in enumerate(val)]}))
+    describe(home, 50, val)
     with pytest.raises(DataError, match="do not fit together"):
         Dataset(home)

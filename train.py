@@ -349,9 +349,10 @@ def main():
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):          # found now, and not after an hour of work
         sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
     if args.own_details and (args.mix is not None or args.latents or args.lookahead or args.window != list(WINDOW)
-                             or not model.config.use_mel or model.config.n_codebooks != args.mel_codebooks):
-        sys.exit("error: --own-details wants a hybrid that predicts several codebooks and is shown the mel of as many, "
-                 "without --mix, --latents, --lookahead and --window")
+                             or not model.config.use_mel or model.config.n_input_codebooks > 1
+                             or not 1 < model.config.n_codebooks == args.mel_codebooks):
+        sys.exit("error: --own-details wants a hybrid that reads one codebook, predicts several and is shown the mel of "
+                 "as many, without --mix, --latents, --lookahead and --window")
     mel_is = {name: getattr(args, name) for name in MEL_OPTIONS}
     other_mel = {**mel_is, "mel_codebooks": args.mix}
     if args.mix is not None:                                  # this, too, is found now

@@ -28,6 +28,7 @@ def test_more_music_leaves_what_there_was_and_shares_nothing_with_what_validates
 
     def render(p, soundfont, folder):
         pieces[len(pieces)] = p
+        assert folder.parent == tmp_path                      # beside its place: moving it there is a rename
         return np.full(make_music.RATE * 30, len(p.notes) / 10_000, np.float32)
     monkeypatch.setattr(make_music, "MINUTES", {"train": 30, "val": 5})
     monkeypatch.setattr(make_music, "SOUNDFONTS", [__file__])

@@ -862,7 +862,8 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--lookahead", 192], ["lookahead", "--mel-codebooks 0"]),
     *[(["--own-details", *more], ["--own-details"]) for more in (
         ["--n-codebooks", 1], ["--mel-codebooks", 0], ["--mix", 0], ["--latents"], ["--window", 512, 512],
-        ["--model", "nano-gpt"], ["--mel-codebooks", 0, "--lookahead", 9])],
+        ["--model", "nano-gpt"], ["--mel-codebooks", 0, "--lookahead", 9], ["--n-codebooks", 1, "--mel-codebooks", 1],
+        ["--set", "n_input_codebooks=8"])],
     (["--dataset", ""], ["no dataset ''"]),
     (["--codec-dir", ""], ["empty name"]),
     (["--batch-size", "many"], ["--batch-size"]),

@@ -1,5 +1,5 @@
 """
-python tests/bench_speed.py                      three minutes on two cores; ratios, all from one run
+python tests/bench_speed.py                      two minutes on two cores; ratios, all from one run
 python tests/bench_speed.py --device cuda --compile --dtype bfloat16 --models gpt-s hybrid gpt-l --batch-size 64
 
 What does it cost? Each pair takes turns, and a ratio is the median over the turns: a machine that slows down slows both.

@@ -34,7 +34,7 @@ longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
 robust    `nano` as there, but with twice the noise; with half of the crops shown the recording's mel; with half shown
           that of the coarse code alone, without and with noise. One seed, to be sampled from
-own       `nano` as there, but with half of the crops shown the mel of its own finer codes; one seed. (From these two
+own       `nano` as there, but with half of the crops shown the mel of its own finer codes. (From these two
           questions are the models in assets/: on speech `nano-own`, on music `nano`, and `nano-gpt`)
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
@@ -131,7 +131,7 @@ EXPERIMENTS = {
               **{f"{name}-late-steps1200": ["--model", name, *SCALE, "--codec", REFITTED["late"]]
                  for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "longer", "shipped", "short", "codec", "paper", "scale")
+SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "longer", "shipped", "own", "short", "codec", "paper", "scale")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]

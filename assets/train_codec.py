@@ -264,13 +264,13 @@ class Envelope:
     """wave (B, N) -> targets for 16 latents, (B, 16, T): the spectral envelope, part of what is predictable taken off.
 
     The 16 strongest principal components of log-mel frames (one per code; the window ends where its samples do), less
-    WHITEN times those of the frame before. A code is chosen without regard to its neighbours, so whatever repeats
+    `whiten` times those of the frame before. A code is chosen without regard to its neighbours, so whatever repeats
     from frame to frame is paid for in each; with all of it taken off, the decoder, which adds the frames up again,
     would add up their errors too. The best lies in between, as in half-whitening (Costas, Coding with linear systems,
     1952). Fitted to some audio (B, N), where the variances of the targets sum to 1."""
 
-    def __init__(self, wave, window=HANN):
-        self.window, self.scale = window, 1.0
+    def __init__(self, wave, window=HANN, whiten=WHITEN):
+        self.window, self.whiten, self.scale = window, whiten, 1.0
         bands = self.bands(wave).flatten(0, 1)
         self.mean = bands.mean(0)
         directions = torch.linalg.eigh(torch.cov(bands.T))[1].flip(1)                 # columns, by falling variance
@@ -283,7 +283,7 @@ class Envelope:
 
     def __call__(self, wave):
         components = ((self.bands(wave) - self.mean) @ self.basis).transpose(1, 2) * self.scale
-        return components - WHITEN * F.pad(components, (1, 0))[..., :-1]
+        return components - self.whiten * F.pad(components, (1, 0))[..., :-1]
 
 
 def mel_loss(out, wave):

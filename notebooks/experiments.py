@@ -18,7 +18,8 @@ gap       what is gained with the recording's mel, and what is left of it with t
           that mel, too, and `nano-gpt`. Hybrids are scored with the mel of the original, of eight codebooks and of one
 window    `coarse` with Hann windows of 1024 samples instead of ours: one that ends with the frame, the usual one, which
           looks 192 samples ahead, and that one cut off where the frame ends, which shows what of its gain is no leak;
-          with the codes of `late`, too (see codec)
+          with the codes of `late`, too (see codec); and with one of 600 samples (25 ms, as long as Whisper's) that
+          ends with the frame
 leak      Hann windows that look further ahead, and these cut off, and a longer and a shorter window of our kind; one
           seed, as fuse, size, steps, noise and context: exploratory
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel all eight codes as
@@ -34,6 +35,7 @@ longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
 robust    `nano` as there, but with twice the noise; with half of the crops shown the recording's mel; with half shown
           that of the coarse code alone, without and with noise. One seed, to be sampled from
+codes8    `nano-gpt` as there, but reading all eight codes of a frame, as RQ-Transformer and Moshi do. One seed, too
 own       `nano` as there, but with half of the crops shown the mel of its own finer codes. (From these two
           questions are the models in assets/: on speech `nano-own`, on music `nano`, and `nano-gpt`)
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
@@ -78,7 +80,7 @@ COARSE, GPT = [*NANO, "--n-codebooks", "1"], [*NANO_GPT, "--n-codebooks", "1"]
 HEARD = [*COARSE, "--mel-codebooks", "8"]
 HANN = ["--window", "512", "512"]
 REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt"                       # by refit_codec.py
-            for first in ("whole", "waveform", "hann", "late")}
+            for first in ("whole", "waveform", "hann", "late", "plain")}
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
 SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")
 LARGE = "--n-codebooks 1 --context 256 --batch-size 32".split()
@@ -87,10 +89,11 @@ SCALE = [*LARGE, *"--steps 1200 --eval-every 100 --dtype bfloat16 --compile".spl
 # question: {model: options of train.py}, in an order that counts: `read` looks for them in a result's command
 EXPERIMENTS = {
     "gap": {**TRIO, "nano": NANO, "nano-gpt": NANO_GPT},
-    "window": {f"coarse-{late}{name}": [*COARSE, *HANN, *ahead, *codec]
-               for late, codec in (("", []), ("late-", ["--codec", REFITTED["late"]]))
-               for name, ahead in (("window1024", []), ("leak192", ["--lookahead", "192"]),
-                                   ("cut192", ["--lookahead", "-192"]))},
+    "window": {**{f"coarse-{late}{name}": [*COARSE, *HANN, *ahead, *codec]
+                  for late, codec in (("", []), ("late-", ["--codec", REFITTED["late"]]))
+                  for name, ahead in (("window1024", []), ("leak192", ["--lookahead", "192"]),
+                                      ("cut192", ["--lookahead", "-192"]))},
+               "coarse-window600": [*COARSE, "--window", "300", "300"]},
     "leak": {**{f"coarse-{how}{n}": [*COARSE, *HANN, "--lookahead", f"{sign}{n}"]
                 for n in (352, 512) for how, sign in (("leak", ""), ("cut", "-"))},
              **{f"coarse-window{rise + fall}": [*COARSE, "--window", str(rise), str(fall)]
@@ -116,6 +119,7 @@ EXPERIMENTS = {
     "robust": {"nano-noise1-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=1.0"],
                **{f"nano-mix{k}-steps1200": [*NANO, "--steps", "1200", "--mix", str(k)] for k in (0, 1)},
                "nano-noise-mix1-steps1200": [*NANO, "--steps", "1200", "--mix", "1", "--set", "mel_noise=0.5"]},
+    "codes8": {"nano-codes8-steps1200": [*NANO_GPT, "--steps", "1200", "--set", "n_input_codebooks=8"]},
     "own": {"nano-own-steps1200": [*NANO, "--steps", "1200", "--own-details"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
@@ -143,7 +147,7 @@ def twin(model):
 
     nano-noise-steps600 -> nano-gpt-steps600, coarse-codes8 -> coarse-gpt, coarse-late-cut192 -> coarse-gpt-late"""
     kind = model.split("-")[0]                                # coarse or nano
-    name = re.sub(r"-(heard|noise|mix|own)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
+    name = re.sub(r"-(heard|noise|mix|own|codes)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
     return name if name in MODELS else f"{kind}-gpt" + "-late" * ("-late-" in model)
 
 

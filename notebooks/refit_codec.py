@@ -12,8 +12,9 @@ codebooks are fitted anew by k-means, the first one to other latents of a frame:
     waveform    those of the waveform
     hann        those of the envelope, through `mini`'s own window: what the next is to be compared with
     late        the envelope, as mel.py's window hears it, late: the code's own samples
+    plain       as late, but nothing of the envelope before it is taken off (see `Envelope`)
 
-For the last two `mini`'s encoder is first trained on, to write that envelope into its latents. The decoder has not been
+For the last three `mini`'s encoder is first trained on, to write that envelope into its latents. The decoder has not been
 trained for any of these: they are there to be predicted, not to be heard.
 """
 import argparse
@@ -31,10 +32,10 @@ from experiments import REFITTED
 from mel import HANN, HOP, SAMPLE_RATE, WINDOW
 from model import save
 from tokens import MINI, load_codec
-from train_codec import ENVELOPE, SHAPE, WAVEFORM, Envelope, batch, fit_codebooks, load
+from train_codec import ENVELOPE, SHAPE, WAVEFORM, WHITEN, Envelope, batch, fit_codebooks, load
 
 FIRST = {"whole": slice(0, SHAPE["dimension"]), "waveform": WAVEFORM}
-WINDOWS = {"hann": HANN, "late": WINDOW}
+ENVELOPES = {"hann": (HANN, WHITEN), "late": (WINDOW, WHITEN), "plain": (WINDOW, 0.0)}
 STEPS = 800
 
 
@@ -70,8 +71,8 @@ def main():
     torch.manual_seed(0)
     torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
     waves = batch(train, np.random.default_rng(0), 256, 4 * SAMPLE_RATE)
-    if args.first in WINDOWS:
-        teach_envelope(model.encoder, train, Envelope(waves[:64], WINDOWS[args.first]))
+    if args.first in ENVELOPES:
+        teach_envelope(model.encoder, train, Envelope(waves[:64], *ENVELOPES[args.first]))
     with torch.no_grad():
         latents = torch.cat([model.encoder(some).mT.flatten(0, 1) for some in waves[:, None].split(16)])
     fit_codebooks(model.quantizer, latents, FIRST.get(args.first, ENVELOPE))

@@ -8,8 +8,8 @@ results/.
 
 A fair comparison needs models that are alike: `coarse` (tokens and mel) and `coarse-gpt` (tokens only), which predict
 the coarse code, have the same size, batches, steps, dropout and schedule; each may choose its learning rate from the
-same four, by validation NLL on the first dataset (or on --search) with seed 0, and keeps it for all else. So may the
-`streams` model that reads eight codes and, from three, `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, in `paper` and again in
+same four, by validation NLL on the first dataset (or on --search) with seed 0, and keeps it for all else. So may
+`coarse-codes8`, which reads eight codes, and, from three, `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, in `paper` and again in
 `scale`. All others use that of the model they are a variant of, or of its kind.
 `nano` and `nano-gpt` are the presets as they are: they predict all eight codes.
 
@@ -36,8 +36,8 @@ shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and 
 robust    `nano` as there, but with twice the noise; with half of the crops shown the recording's mel; with half shown
           that of the coarse code alone, without and with noise. One seed, to be sampled from
 codes8    `nano-gpt` as there, but reading all eight codes of a frame, as RQ-Transformer and Moshi do. One seed, too
-own       `nano` as there, but with half of the crops shown the mel of its own finer codes. (From these two
-          questions are the models in assets/: on speech `nano-own`, on music `nano`, and `nano-gpt`)
+own       `nano` as there, but with half of the crops shown the mel of its own finer codes. (The models in assets/ are
+          from `shipped` and this: on speech `nano-own`, on music `nano`, and `nano-gpt`)
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
           the fewer places a step
 short     the same three with 32 positions, with which music gains most, and three seeds; and these from as few places a
@@ -326,7 +326,7 @@ def choose_rates(questions, dataset, device, pool):
     tried = [(model, lr) for lr in PAPER_RATES for question in ("paper", "scale") if question in questions
              for model in EXPERIMENTS[question] if "-heard" not in model and "-late" not in model]
     small = ["coarse", "coarse-gpt"] * bool({*questions} - {"paper", "scale"})
-    small += ["coarse-codes8"] * ("streams" in questions)     # reads something else
+    small += ["coarse-codes8"] * bool({"streams", "codes8"} & {*questions})                  # reads something else
     tried += [(model, lr) for lr in LEARNING_RATES for model in small]
     found = list(pool.map(lambda pair: run(dataset, *pair, 0, device)["best"]["val_nll"], tried))
     nll = dict(zip(tried, found))
@@ -337,7 +337,7 @@ def rate_of(model, chosen):
     """The learning rate that a model has chosen, or that of what it is a variant of, or of its kind; the wider, the
     lower."""
     variant_of = model.replace("-heard", "").replace("-late", "")
-    kind = MODELS[model][1].replace("nano", "coarse")         # the preset
+    kind = "coarse-codes8" if "codes8" in model else MODELS[model][1].replace("nano", "coarse")           # the preset
     lr = next(chosen[name] for name in (model, variant_of, kind) if name in chosen)
     width = re.search(r"width(\d+)", model)
     return f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}" if width else lr

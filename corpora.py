@@ -46,7 +46,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DataError(RuntimeError):
-    """Audio or a dataset that cannot be used; the message is one line for a person."""
+    """Audio or a dataset that cannot be used; the message is one line, meant for the user."""
 
 
 class Archive(NamedTuple):

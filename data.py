@@ -4,25 +4,24 @@ data.py: a dataset's name, or a folder of audio, becomes aligned arrays on disk,
     audio files ──mono, 24 kHz──▶ codec ──▶ codes.npy (frames, K) uint16     clip after clip; row t of both belongs
                              └──▶ log_mel ─▶ mel.npy  (frames, 80) float16   to the same 1/75 s of the same clip
 
-The mel is the original audio's, or, with mel_codebooks, that of the audio which so many codebooks decode to: what a
-model sees when it samples. With latents the codec's own vectors stand in its place: what the encoder makes of the
-original audio, or what the decoder is given for so many codebooks.
+The mel is that of the original audio or, with mel_codebooks=K, of the audio decoded from K codebooks, which is what a
+model sees when it samples. With latents=True the codec's own vectors replace it: the encoder's output or, with K, the
+decoder's input.
 
     clips.npy            (clips, 2) int64, first row and one past the last row of every clip
     mel_statistics.npz   mean and covariance of the training split's mel
-    meta.json            what it was made from and with, the split, counts
+    meta.json            sources, settings, the split, counts
 
-    >>> data = prepare("speech", load_codec("mini"))          # once: afterwards it is only opened
+    >>> data = prepare("speech", load_codec("mini"))          # later calls only open it
     >>> codes, mel, targets = data.batch(seed=0, step=0, batch_size=16, context=256)
 
 Encoding is most of the work. Files of about the same length go through the codec side by side, on a GPU or on all cores
-of the CPU; each is put away when it is done, so that an interrupted preparation goes on with those that are missing
-(if the folder has not changed meanwhile).
+of the CPU; each is saved when it is done, so that an interrupted preparation goes on with the rest (unless the folder
+has changed meanwhile).
 
 A batch is a pure function of seed, step, size, context and stretch: the same for every model, and after a resume. Each
-row is a crop of one clip, never of two; a clip shorter than the context is used whole and the rest of its row is
-padding, whose targets do not count. The first position of a clip is START, so the model is always told that there is
-nothing before.
+row is a crop of one clip, never of two; a clip shorter than the context is used whole, and the rest of its row is
+padding that is not scored. The first position of a clip is START, which tells the model that nothing came before.
 """
 import contextlib
 import functools
@@ -46,21 +45,22 @@ from mel import FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, WINDOW, StreamingLogMel,
 from model import CODEBOOK_SIZE, IGNORE, START
 
 ASSETS = Path(__file__).parent / "assets"
-MEL_OPTIONS = ("mel_codebooks", "latents", "lookahead", "window")      # of `prepare`: which mel a model is shown
+MEL_OPTIONS = ("mel_codebooks", "latents", "lookahead", "window")      # those of `prepare` that choose the mel
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
-LONG = 60                            # seconds: on a CPU a longer file is encoded alone, less audio by a single process
+LONG = 60                            # seconds: on a CPU a longer file is encoded alone, less audio than this in all by
+                                     # a single process
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {".oga", ".opus", ".aif"}
 
 
 # ----------------------------------------------------------------------------- audio in
 
 def read_audio(path):
-    """Yield a file's audio, any sample rate and channels, as mono 24 kHz float32 pieces (n,) of at most about 10 s.
+    """Yield a file's audio as mono 24 kHz float32 pieces (n,) of at most about 10 s, whatever its rate and channels.
 
-    Raises DataError, naming the file, if it is unreadable, empty, claims a sample rate that no audio has or holds
-    non-finite samples.
+    Raises DataError, naming the file, if it is unreadable, empty, claims an impossible sample rate or holds non-finite
+    samples.
     """
     n_samples = 0
     try:
@@ -71,7 +71,7 @@ def read_audio(path):
             if file.samplerate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
             n = min(BLOCK, BLOCK * file.samplerate // SAMPLE_RATE) // file.channels
-            while len(block := file.read(n, dtype="float32", always_2d=True)):            # may be fewer than it claims
+            while len(block := file.read(n, dtype="float32", always_2d=True)):            # may end before it claims to
                 if not (np.abs(block) < 1e9).all():
                     raise DataError(f"{path}: holds NaN or infinite samples, or some beyond a billion")
                 wave = block.mean(axis=1)
@@ -87,7 +87,7 @@ def read_audio(path):
 
 
 def read_blocks(path, n, silence):
-    """`read_audio`, then so many zeros, in pieces of exactly n samples and a shorter one, perhaps empty, at the end."""
+    """`read_audio`, then `silence` zeros, in pieces of n samples; the last piece is shorter, perhaps empty."""
     rest = np.zeros(0, np.float32)
     for piece in itertools.chain(read_audio(path), [np.zeros(silence, np.float32)]):
         rest = np.concatenate([rest, piece])
@@ -102,31 +102,30 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
 
         (i, codes (t, K) uint16, mel (t, 80) float16, ended, problem)    problem: None, or why it cannot be used
 
-    Everything is causal, so a file that ends before others is padded and what the padding gives is left out.
-    mel_codebooks: 0 for the mel of the file itself, else of what the first so many codebooks decode to. latents: in
-    place of the mel of either the codec's vectors for it, (t, C). lookahead, window: as in `log_mel`.
+    Everything is causal, so shorter files can be padded, and the padding's frames be dropped.
+    mel_codebooks: 0 for the mel of the file itself, K for that of what the first K codebooks decode to. latents: the
+    codec's vectors in place of either mel, (t, C). lookahead, window: as in `log_mel`.
     """
     block_size = BLOCK if codec.device.type != "cpu" else max(BLOCK // len(paths) // HOP, 1) * HOP       # bounds memory
-    encoder, spectrogram = codec.stream_encoder(), StreamingLogMel(lookahead, window)
-    decoder = codec.stream_decoder() if mel_codebooks else None
-    # All files share one codec state, a row each, and keep step: of every row n_done frames have been yielded. With a
-    # lookahead of N samples a frame's mel comes N samples after its codes. So codes wait in `codes`, N zeros follow
-    # every file, and n_samples starts at -N: it counts the samples whose frames have their mel, too.
+    encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
+    spectrogram = StreamingLogMel(lookahead, window)
+    # All files share one codec state, one row each, and go in step: n_done frames of every row have been yielded. With
+    # a lookahead of N samples a frame's mel comes N samples after its codes: these wait, and N zeros follow every file.
     ahead = max(0, lookahead)
     readers = [read_blocks(path, block_size, ahead) for path in paths]
-    n_samples, n_done = [-ahead] * len(paths), 0
-    codes = torch.zeros(len(paths), codec.n_codebooks, 0, dtype=torch.long, device=codec.device)
+    n_samples, n_done = [0] * len(paths), 0                   # read of each file, its N zeros included; frames of all
+    waiting = torch.zeros(len(paths), codec.n_codebooks, 0, dtype=torch.long, device=codec.device)
     with ThreadPoolExecutor(len(paths)) as pool:              # files are read side by side, and while the codec works
-        reading = {i: pool.submit(next, reader) for i, reader in enumerate(readers)}
+        reading = {i: pool.submit(next, reader) for i, reader in enumerate(readers)}      # files not yet at their end
         while reading:
-            blocks, problems = {}, {}                         # of the files that have not ended
+            blocks, problems = {}, {}
             for i, future in reading.items():
                 try:
                     blocks[i] = future.result()
                 except DataError as error:
                     blocks[i], problems[i] = np.zeros(0), str(error).removeprefix(f"{paths[i]}: ")
                 n_samples[i] += len(blocks[i])
-            # a block shorter than others is its file's last; the next ones are read while the codec works on these
+            # a short block is its file's last; the other files' next ones are read while the codec works on these
             reading = {i: pool.submit(next, readers[i]) for i, block in blocks.items() if len(block) == block_size}
             waves = np.zeros((len(paths), max(map(len, blocks.values()))), np.float32)
             for i, block in blocks.items():
@@ -137,15 +136,16 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
             if latents:
                 mel = (codec.dequantize(new_codes[:, :mel_codebooks]) if mel_codebooks else unquantised).mT  # (B, t, C)
             else:                                                 # (B, u, 80), u < t at first if there is a lookahead
-                mel = spectrogram.push(decoder.push(new_codes[:, :mel_codebooks]) if decoder else wave)
-            codes = torch.cat([codes, new_codes], dim=-1)
-            ready, codes = codes[..., :mel.shape[1]], codes[..., mel.shape[1]:]
-            ready, mel = ready.mT.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
+                mel = spectrogram.push(decoder.push(new_codes[:, :mel_codebooks]) if mel_codebooks else wave)
+            waiting = torch.cat([waiting, new_codes], dim=-1)
+            codes, waiting = waiting[..., :mel.shape[1]], waiting[..., mel.shape[1]:]
+            codes, mel = codes.mT.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
             for i in blocks:
-                n = max(0, n_samples[i] // HOP - n_done)      # frames of this file; what follows is padding
-                if i not in reading and n_samples[i] < HOP:
+                length = n_samples[i] - ahead                 # samples whose frames have both codes and mel
+                n = max(0, length // HOP - n_done)            # frames of this file; what follows is padding
+                if i not in reading and length < HOP:
                     problems.setdefault(i, f"shorter than one frame of {HOP} samples")
-                yield i, ready[i, :n], mel[i, :n], i not in reading, problems.get(i)
+                yield i, codes[i, :n], mel[i, :n], i not in reading, problems.get(i)
             n_done += mel.shape[1]
 
 
@@ -154,8 +154,8 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
 def find_audio(dataset, cache=CACHE):
     """A dataset's name or a folder -> (folder, sorted names of the audio files under it, as paths relative to it).
 
-    A corpus of corpora.py that is not there yet is fetched. Raises DataError if there is no such dataset, no audio in
-    it (or in its train/ or val/), or the cache is.
+    A corpus of corpora.py is fetched if it is not there yet. Raises DataError if there is no such dataset, no audio in
+    it (or in its train/ or val/), or if the cache is in it.
     """
     if dataset in CORPORA:
         folder, corpus = fetch(dataset)
@@ -178,38 +178,37 @@ def find_audio(dataset, cache=CACHE):
 
 
 def _files(top):
-    """Every file below a folder, linked folders included; each folder once, for a link may lead back up."""
+    """Every file below a folder, linked folders included; each folder only once, as links may form a loop."""
     seen = set()
-    for home, folders, files in os.walk(top, followlinks=True):
-        folders.sort()                                        # or the disk would decide which name of a folder counts
-        if os.path.realpath(home) in seen:
+    for here, folders, files in os.walk(top, followlinks=True):
+        folders.sort()                                        # or the disk would decide under which name one counts
+        if os.path.realpath(here) in seen:
             folders.clear()
             continue
-        seen.add(os.path.realpath(home))
-        yield from (Path(home) / file for file in files)
+        seen.add(os.path.realpath(here))
+        yield from (Path(here) / file for file in files)
 
 
 def _split_by_folder(names, dataset):
-    """Whether the top-level folders train/ and val/ are the split. A dataset of corpora.py has its own."""
+    """Are the top-level folders train/ and val/ the split? Never for a dataset of corpora.py, which has its own."""
     return dataset not in CORPORA and {"train", "val"} <= {name.split("/")[0] for name in names}
 
 
 def split_clips(names, dataset=None):
     """Which clips validate: bool per name (relative path).
 
-    With top-level folders train/ and val/, those in val/. Otherwise the tenth or so whose path hashes low, so that
-    adding a file moves no other, except in a small folder: where none hashes low the lowest validates, and a new file
-    may take its place. Raises DataError where train/ and val/ have a neighbour: nobody could tell which side it belongs
-    to. A dataset of corpora.py has a split of its own, or groups of clips (of one speaker, say) that stay on one side.
+    With top-level folders train/ and val/, those in val/; DataError if there is something beside these two, as nobody
+    could tell which side it belongs to. Otherwise about a tenth, those whose path's hash is low, so that adding a file
+    moves no other; only in a small folder, where no hash is that low, the lowest validates, and a new file may take its
+    place. A dataset of corpora.py has a split of its own, or groups of clips (of one speaker, say) that stay together.
     """
     corpus = CORPORA.get(dataset)
     if corpus and corpus.val:
         return [name.startswith(f"{corpus.val}/") for name in names]
     if _split_by_folder(names, dataset):
-        tops = [name.split("/")[0] for name in names]
-        if others := set(tops) - {"train", "val"}:
+        if others := {name.split("/")[0] for name in names} - {"train", "val"}:
             raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
-        return [top == "val" for top in tops]
+        return [name.startswith("val/") for name in names]
     groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
     hashes = [int(hashlib.sha256(os.fsencode(group)).hexdigest()[:8], 16) / 2**32 for group in groups]
     threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))       # the lowest validates, the highest never does
@@ -217,9 +216,9 @@ def split_clips(names, dataset=None):
 
 
 def check_mel(codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
-    """Raise DataError unless such a mel can be had: options as in `encode_files`."""
+    """Raise DataError if this mel cannot be made: options as in `encode_files`."""
     if not 0 <= mel_codebooks <= codec.n_codebooks:
-        raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: no mel can be had of what "
+        raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: there is no mel of what "
                         f"{mel_codebooks} decode to")
     if lookahead and (mel_codebooks or latents):
         raise DataError("a lookahead goes with the mel of recordings only: --mel-codebooks 0, no --mix, no --latents")
@@ -233,10 +232,10 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     """Encode a dataset with a codec, unless that is done already, and open it.
 
     dataset: `speech`, `music`, a name of corpora.py or a folder, searched recursively. mel_codebooks, latents,
-    lookahead, window: as in `encode_files`. Returns a `Dataset`. The cache lies in `cache/`, under a key made of
-    everything that its content depends on: files (path, size, time), codec and its checksum, mel settings. Files that
-    cannot be used are skipped and named in one line.
-    Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be had, or the disk is full
+    lookahead, window: as in `encode_files`. Returns a `Dataset`. It is kept in `cache/`, under a key made of everything
+    that its content depends on: files (path, size, time), codec and its checksum, mel settings. Files that cannot be
+    used are skipped and named in one line.
+    Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be made, or the disk is full
     or must not be written to.
     """
     check_mel(codec, mel_codebooks, latents, lookahead, window)
@@ -248,13 +247,14 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "mel_floor": FLOOR,
                  "n_mels": codec.vectors.shape[-1] if latents else N_MELS, "latents": latents,
                  "mel_codebooks": mel_codebooks, "lookahead": lookahead, "window": window}
-    # change any of these, and the key is another: no old cache is ever mistaken for a new one
+    # any change gives another key, so an old cache is never mistaken for a new one
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
-    home = Path(cache) / f"{name}-{codec.name}-{key}"
+    short = os.fsencode(name)[:150].decode(errors="ignore")   # a file name may have 255 bytes
+    home = Path(cache) / f"{short}-{codec.name}-{key}"
     if not (home / "meta.json").is_file():
         with writing(cache), alone(Path(cache)):
-            if not (home / "meta.json").is_file():            # or has another process been faster?
+            if not (home / "meta.json").is_file():            # another process may have made it while this one waited
                 unfinished = home.with_name(f".{home.name}")
                 (unfinished / "clips").mkdir(parents=True, exist_ok=True)
                 problems = _encode(unfinished / "clips", folder, files, codec, made_with,
@@ -262,28 +262,29 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                 try:
                     _join(unfinished, dataset, name, names, made_with, problems)
                 except DataError:
-                    shutil.rmtree(unfinished)                 # nothing in it is of use
+                    shutil.rmtree(unfinished)                 # nothing in it is worth keeping
                     raise
-                for path in unfinished.glob("*.*"):           # or a power cut might leave them empty, their clips gone
+                # the arrays (clips/ has no dot): or a power cut might leave them empty, and their clips deleted
+                for path in unfinished.glob("*.*"):
                     with open(path, "r+b") as file:
                         os.fsync(file.fileno())
                 shutil.rmtree(home, ignore_errors=True)
                 os.replace(unfinished, home)                  # only a finished cache ever gets the name
-    shutil.rmtree(home / "clips", ignore_errors=True)
+    shutil.rmtree(home / "clips", ignore_errors=True)         # joined; an earlier call may have been killed just here
     return Dataset(home)
 
 
-def _encode(home, folder, files, codec, made_with, title, quiet):
-    """Encode into `home` one file I.clip for each file I that has none there yet -> {I: why it cannot be used}."""
-    for part in home.glob("*.part"):
+def _encode(clips, folder, files, codec, made_with, title, quiet):
+    """Encode every file I that has no clips/I.clip yet -> {I: why it cannot be used}."""
+    for part in clips.glob("*.part"):
         part.unlink(missing_ok=True)
-    todo, seconds = [i for i in range(len(files)) if not (home / f"{i}.clip").exists()], {}
+    todo, seconds = [i for i in range(len(files)) if not (clips / f"{i}.clip").exists()], {}
     for i in todo:
         try:
             seconds[i] = soundfile.info(folder / files[i][0]).duration
         except (soundfile.SoundFileError, OSError, ValueError, ZeroDivisionError):
-            seconds[i] = 0.0                                  # whatever it is, reading it will tell
-    todo.sort(key=seconds.get, reverse=True)                  # like beside like, for what is padded is wasted
+            seconds[i] = 0.0                                  # reading it will tell what is wrong
+    todo.sort(key=seconds.get, reverse=True)                  # similar lengths together, as padding is wasted work
     if codec.device.type == "cpu":                            # a process for each core, if there is enough to share
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         n_workers = cores if sum(seconds.values()) >= LONG else 0
@@ -293,9 +294,9 @@ def _encode(home, folder, files, codec, made_with, title, quiet):
         n_workers, n_alone, side_by_side = 0, 0, 16
     batches = [[i] for i in todo[:n_alone]]
     batches += [todo[i:i + side_by_side] for i in range(n_alone, len(todo), side_by_side)]
-    encode = functools.partial(_encode_batch, home, folder, files, codec, made_with)
+    encode = functools.partial(_encode_batch, clips, folder, files, codec, made_with)
     # A pool of processes: the "data" are lists of file numbers, and collate_fn, which a worker calls, encodes them.
-    # Unlike those of a real pool, these processes end when the one that started them is killed
+    # Unlike those of multiprocessing.Pool, these end when the process that started them is killed
     work = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=encode, in_order=False,
                                        num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0)
     total, problems = sum(size for _, size, _ in files), {}
@@ -303,7 +304,7 @@ def _encode(home, folder, files, codec, made_with, title, quiet):
               disable=quiet) as bar:
         for results in work:
             if isinstance(results, OSError):
-                raise results                                 # here, inside `writing`
+                raise results                                 # here, where `writing` sees it
             problems |= {i: problem for i, problem in results.items() if problem}
             bar.update(sum(files[i][1] for i in results))
     if problems:
@@ -312,19 +313,20 @@ def _encode(home, folder, files, codec, made_with, title, quiet):
     return problems
 
 
-def _encode_batch(home, folder, files, codec, made_with, batch):
-    """Encode the files whose numbers are in `batch` side by side; the frames of file I go into home/I.clip.
+def _encode_batch(clips, folder, files, codec, made_with, batch):
+    """Encode the files whose numbers are in `batch` side by side; the frames of file I go into clips/I.clip.
 
-    Returns {I: None, or why it cannot be used}; or an OSError of the cache's disk, of which a DataLoader would raise
-    a copy without its number.
+    Returns {I: None, or why it cannot be used}. An OSError of the cache's disk is returned, too, not raised: a
+    DataLoader would raise a copy of it without its errno.
     """
-    # a name of its own for each process: one whose parent was killed may still be at work
-    parts, results = [home / f"{i}.{os.getpid()}.part" for i in batch], {}
-    mel_is = {name: made_with[name] for name in MEL_OPTIONS}
+    # a name of its own for each process: one whose parent was killed may still be writing
+    parts, results = [clips / f"{i}.{os.getpid()}.part" for i in batch], {}
+    mel_options = {name: made_with[name] for name in MEL_OPTIONS}
     try:
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
-            for i, codes, mel, ended, problem in encode_files([folder / files[i][0] for i in batch], codec, **mel_is):
+            paths = [folder / files[i][0] for i in batch]
+            for i, codes, mel, ended, problem in encode_files(paths, codec, **mel_options):
                 out[i].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
                 if ended:
                     out[i].flush()
@@ -333,20 +335,20 @@ def _encode_batch(home, folder, files, codec, made_with, batch):
                     if problem:
                         parts[i].unlink()
                     else:
-                        os.replace(parts[i], home / f"{batch[i]}.clip")
+                        os.replace(parts[i], clips / f"{batch[i]}.clip")
                     results[batch[i]] = problem
-    except OSError as error:                                  # what cannot be read is a problem, and no OSError
+    except OSError as error:                                  # not of an unreadable file, which is a `problem`
         return error
     return results
 
 
-def _join(home, dataset, name, names, made_with, problems):
+def _join(unfinished, dataset, name, names, made_with, problems):
     """The encoded clips one after the other: codes.npy, mel.npy, clips.npy, mel_statistics.npz and meta.json."""
     usable = [i for i in range(len(names)) if i not in problems]
     if not usable:
         raise DataError(f"nothing usable in dataset '{name}': all {len(names)} files were skipped")
     K, n_mels = made_with["n_codebooks"], made_with["n_mels"]
-    paths, width = [home / "clips" / f"{i}.clip" for i in usable], K + n_mels             # of a row, 2 bytes each
+    paths, width = [unfinished / "clips" / f"{i}.clip" for i in usable], K + n_mels       # of a row, 2 bytes each
     lengths = [path.stat().st_size // (2 * width) for path in paths]                      # in frames
     ends, n_frames = np.cumsum(lengths), sum(lengths)
     clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable]
@@ -360,17 +362,18 @@ def _join(home, dataset, name, names, made_with, problems):
         print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
         cut = n_frames - n_frames // 10
         clips, used, is_val = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True]
-    # of each file, how many frames train: all or none (of an only file `zip` below meets just the part that does)
-    n_train = [(end - start) * (not val) for (start, end), val in zip(clips.tolist(), is_val)]
+    # of each clip, how many frames train. A lone file was cut into two clips: `zip` below stops after the first, which
+    # trains
+    train_frames = [0 if val else end - start for (start, end), val in zip(clips.tolist(), is_val)]
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
-    n, total, products = sum(n_train), np.zeros(n_mels), np.zeros((n_mels, n_mels))
-    # written, not mapped: on a full disk a write raises OSError, where a mapped page would kill the process
-    with open(home / "codes.npy", "wb") as codes, open(home / "mel.npy", "wb") as mels:
+    n_train, total, products = sum(train_frames), np.zeros(n_mels), np.zeros((n_mels, n_mels))
+    # written, not mapped: on a full disk a write raises OSError, whereas a mapped page would kill the process
+    with open(unfinished / "codes.npy", "wb") as codes, open(unfinished / "mel.npy", "wb") as mels:
         for file, dtype, n_columns in (codes, "<u2", K), (mels, "<f2", n_mels):
             np.lib.format.write_array_header_1_0(
                 file, {"descr": dtype, "fortran_order": False, "shape": (n_frames, n_columns)})
-        for path, left in zip(paths, n_train):
+        for path, left in zip(paths, train_frames):
             with open(path, "rb") as file:
                 while len(rows := np.fromfile(file, np.uint16, 100_000 * width).reshape(-1, width)):
                     codes.write(rows[:, :K].tobytes())
@@ -378,14 +381,15 @@ def _join(home, dataset, name, names, made_with, problems):
                     part = rows[:left, K:].view(np.float16).astype(np.float64)
                     left -= len(part)
                     total, products = total + part.sum(0), products + part.T @ part
-    mean = total / n                                          # and covariance E[x x'] - E[x] E[x]', so one pass will do
-    covariance = products / n - np.outer(mean, mean) + 1e-4 * np.eye(n_mels)      # silence alone has no variance
-    np.savez(home / "mel_statistics.npz", mean=mean, covariance=covariance)
-    np.save(home / "clips.npy", clips.astype(np.int64))
-    meta = {"dataset": name, **made_with, "n_frames": n_frames, "train_frames": n, "val_frames": n_frames - n,
+    mean = total / n_train                                    # and covariance E[x x'] - E[x] E[x]': one pass is enough
+    covariance = products / n_train - np.outer(mean, mean) + 1e-4 * np.eye(n_mels)        # silence has no variance
+    np.savez(unfinished / "mel_statistics.npz", mean=mean, covariance=covariance)
+    np.save(unfinished / "clips.npy", clips.astype(np.int64))
+    meta = {"dataset": name, **made_with,
+            "n_frames": n_frames, "train_frames": n_train, "val_frames": n_frames - n_train,
             "skipped": [f"{names[i]}: {problem}" for i, problem in sorted(problems.items())],
             "clips": [{"name": c, "val": bool(v)} for c, v in zip(used, is_val)]}
-    (home / "meta.json").write_text(json.dumps(meta, indent=1))
+    (unfinished / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 # ----------------------------------------------------------------------------- batches
@@ -393,10 +397,10 @@ def _join(home, dataset, name, names, made_with, problems):
 class Dataset:
     """A prepared dataset: memory-mapped codes and mel, their clips, and batches of them.
 
-    meta, key       the content of meta.json; the name of the cache, which changes with anything it was made from
+    meta, key       the content of meta.json; the name of the cache's folder, which changes with all it was made from
     codes, mel      (frames, K) uint16 and (frames, 80) float16, all clips one after the other
-    fingerprint     hash of the clips' names, lengths and split, the codec and the mel settings, for --resume. Not in
-                    it: where the files lie, so that a run may continue elsewhere, and their samples
+    fingerprint     hash of the clips' names, lengths and split, the codec and the mel settings, for --resume. Where the
+                    files are is left out, so that a run may continue elsewhere; so are their samples
     train, val      (clips, 2) first and one past the last frame of each clip of the split
     mel_statistics  mean (80,) and covariance (80, 80) of the training split's mel
     """
@@ -424,7 +428,7 @@ class Dataset:
             raise self.damaged("its parts do not fit together")
         self.train_ends = np.diff(self.train, axis=1)[:, 0].cumsum()      # training frames up to the end of each clip
 
-    # mapped anew for every batch, as nanoGPT does: pages that were read would otherwise pile up in this process
+    # mapped anew for every batch, as nanoGPT does: otherwise the pages that were read pile up in this process's memory
     codes = property(lambda self: np.load(self.home / "codes.npy", mmap_mode="r"))
     mel = property(lambda self: np.load(self.home / "mel.npy", mmap_mode="r"))
 
@@ -436,15 +440,15 @@ class Dataset:
 
         Each row is centred on a frame drawn uniformly from the training split, then moved to lie inside its clip,
         so that the first frames of a clip, where sampling starts, come up often. With `stretch`, a multiple of
-        `context`, so many frames are drawn in one piece and cut into rows: neighbours, from fewer places.
+        `context`, pieces of `stretch` frames are drawn instead and cut into rows: neighbours, from fewer places.
         """
         stretch = stretch or context
         rng = np.random.default_rng((seed, step))
         crops = []
-        for frame in rng.integers(self.train_ends[-1], size=batch_size * context // stretch):
-            clip = np.searchsorted(self.train_ends, frame, side="right")          # the clip it is in
+        for centre in rng.integers(self.train_ends[-1], size=batch_size * context // stretch):
+            clip = np.searchsorted(self.train_ends, centre, side="right")         # the clip it is in
             start, end = self.train[clip]
-            offset = frame - (self.train_ends[clip] - (end - start)) - stretch // 2
+            offset = centre - (self.train_ends[clip] - (end - start)) - stretch // 2
             offset = max(0, min(offset, end - start - stretch))
             crops += [(start, end, offset + i, 0) for i in range(0, stretch, context)]
         return self.gather(crops, context)
@@ -452,9 +456,9 @@ class Dataset:
     def validation(self, context, batch_size):
         """The whole validation split in fixed order: yields (codes, mel, targets, clip (B,)) batches.
 
-        Crops overlap by half and only the second half of each is scored, the first crop of a clip whole: every
-        target counts exactly once, with at least half a context behind it wherever the clip has that much.
-        `context` must be even.
+        Crops overlap by half and only the second half of each is scored, except for a clip's first crop, which is
+        scored whole: so every target counts once, with at least half a context behind it wherever the clip has that
+        much. `context` must be even.
         """
         half = context // 2
         crops = [(i, start, end, offset, half if offset else 0)
@@ -465,7 +469,7 @@ class Dataset:
             yield (*self.gather([crop[1:] for crop in part], context), torch.tensor([crop[0] for crop in part]))
 
     def gather(self, crops, context):
-        """Crops (clip start, clip end, offset, first scored position) -> padded tensors, inputs one frame behind.
+        """Crops (clip start, clip end, offset, first scored position) -> padded tensors, the inputs one frame late.
 
         Position p of a row predicts frame offset + p of the clip and is shown frame offset + p - 1; before the
         clip's first frame it is shown START.
@@ -487,7 +491,7 @@ class Dataset:
 
     def unigram_nll(self):
         """Cross-entropy (nats) of the validation targets under add-one counts of the training targets."""
-        # self.codes anew for every clip: what one map has read would stay in memory
+        # self.codes is mapped anew for every clip: otherwise all that was read stays in memory
         train, val = (sum(np.bincount(self.codes[start:end, 0], minlength=CODEBOOK_SIZE)[:CODEBOOK_SIZE]
                           for start, end in clips) for clips in (self.train, self.val))
         log_p = np.log((train + 1) / (train.sum() + CODEBOOK_SIZE))

@@ -3,22 +3,23 @@ mel.py: from a waveform to a causal log-mel spectrogram, every step on the page.
 
     wave ──frame──▶ 1024 samples ──× window──▶ FFT ──|.|²──▶ 513 powers ──× triangles──▶ 80 bands ──log──▶ mel
 
-Two choices are unusual. One is *when* a frame looks. Frame t belongs to samples [t*HOP, (t+1)*HOP), the samples that
+Two choices are unusual. One is which samples a frame may see. Frame t belongs to samples [t*HOP, (t+1)*HOP), those that
 one column of codec tokens stands for, and its window ends exactly there:
 
     samples  -64  0          320          640          960          1280
     frame 2   ├───┼───────────────────────────────────┤             segment = wave[-64 : 960], zeros before the clip
               zeros                                   └ (t+1)*HOP = 960: not one sample later
 
-The usual window is centred on the frame's first sample and reaches 192 samples past (t+1)*HOP, into the audio of the
-token that a model at this position has to predict. That makes the likelihood look better than it is, and cannot be done
-while sampling. `lookahead` lets the window reach past on purpose, to measure how much that leak is worth.
+The usual window is centred on the frame's first sample and so, if it has 1024, reaches 192 samples past (t+1)*HOP, into
+the audio of the token that a model at this position has to predict. That makes the likelihood look better than it is,
+and it is impossible while sampling, when that audio does not exist yet. `lookahead` lets the window reach past on
+purpose, to measure how much that leak is worth.
 
-The other is *where* in it a frame listens. The usual Hann window of 1024 samples is nearly deaf at its end, and that is
-where the frame's own 320 samples are: they get a tenth of its energy (weights squared). Ours rises for 480 samples and
-falls in the last 32: the frame's own get 97 %, and earlier frames have heard the rest. The 512 before that get no
-weight; with them the spectrum is sampled finely enough for the narrow low bands. Speech coders, which can hardly wait
-either, use such asymmetric windows (ITU-T G.729, 3.2.1: with 5 ms of the future; ours has none).
+The other is the shape of the window. A Hann window of 1024 samples gives its end almost no weight, and that is where
+the frame's own 320 samples are: they get a tenth of its energy (weights squared). Ours rises for 480 samples and falls
+in the last 32: the frame's own get 97 %, and earlier frames have covered the rest. The first 512 samples have weight
+zero; they only make the spectrum's steps fine enough for the narrow low bands. Low-delay speech coders use such
+asymmetric windows, too (ITU-T G.729, 3.2.1, which looks 5 ms ahead; ours does not).
 
     >>> log_mel(torch.randn(24000)).shape
     torch.Size([75, 80])
@@ -34,8 +35,8 @@ HOP = 8 * 5 * 4 * 2                  # 320 samples: the product of EnCodec's str
 FRAME_RATE = SAMPLE_RATE // HOP      # 75 frames a second, one clock for mel frames, codec tokens and model positions
 N_FFT = 1024                         # samples of a segment, 42.7 ms
 N_MELS = 80
-WINDOW = (480, 32)                   # samples in which it rises, and in which it falls to zero at the frame's end
-HANN = (N_FFT // 2, N_FFT // 2)      # the usual one
+WINDOW = (480, 32)                   # samples over which it rises, and over which it falls to zero at the frame's end
+HANN = (N_FFT // 2, N_FFT // 2)      # the same of a Hann window
 FLOOR = 1e-5                         # smallest power that enters the logarithm
 
 
@@ -49,9 +50,9 @@ def hann_window(n_fft):
 
 
 def asymmetric_window(n_fft, rise, fall):
-    """Zeros, the rising half of a Hann window of 2 * rise samples, the falling half of one of 2 * fall; (n_fft,).
+    """Zeros, then the rising half of a Hann window of 2 * rise samples, then the falling half of one of 2 * fall.
 
-    With rise = fall = n_fft / 2 it is the Hann window.
+    Returns (n_fft,) float32. With rise = fall = n_fft / 2 it is the Hann window.
     """
     return torch.cat([torch.zeros(n_fft - rise - fall), hann_window(2 * rise)[:rise], hann_window(2 * fall)[fall:]])
 
@@ -97,7 +98,7 @@ def _constants(n_fft, n_mels, window, device):
 
 
 def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
-    """Cut overlapping segments: that of frame t is wave[(t+1)*hop + lookahead - n_fft : (t+1)*hop + lookahead].
+    """Cut overlapping segments: frame t's is wave[(t+1)*hop + lookahead - n_fft : (t+1)*hop + lookahead].
 
     wave (..., N) -> (..., N // hop, n_fft), a view of the padded wave. Samples before the start and after the end are
     zero.
@@ -108,7 +109,7 @@ def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
 
 
 def mel_power(segments, n_mels=N_MELS, window=None):
-    """Segments of samples to the power in each mel band: (..., T, n_fft) -> (..., T, n_mels).
+    """The power in each mel band of segments of samples: (..., T, n_fft) -> (..., T, n_mels).
 
     window: (rise, fall) as in `asymmetric_window`; None: the Hann window.
     """
@@ -116,7 +117,7 @@ def mel_power(segments, n_mels=N_MELS, window=None):
         return segments.new_zeros(*segments.shape[:-1], n_mels)
     n_fft = segments.shape[-1]
     weights, filterbank = _constants(n_fft, n_mels, tuple(window or (n_fft // 2, n_fft // 2)), segments.device)
-    at_once = 256 if segments.device.type == "cpu" else segments.shape[-2]    # what fits into a processor's cache
+    at_once = 256 if segments.device.type == "cpu" else segments.shape[-2]    # as many as fit into a CPU's cache
     spectra = (torch.fft.rfft(part * weights) for part in segments.split(at_once, dim=-2))    # (..., t, n_fft // 2 + 1)
     return torch.cat([(s.real.square() + s.imag.square()) @ filterbank for s in spectra], dim=-2)
 
@@ -126,10 +127,10 @@ def log_mel(wave, lookahead=0, window=WINDOW):
 
     wave (B, N) or (N,) float32 in [-1, 1] -> (B, T, 80) or (T, 80), T = N // 320; raw natural-log power, not
     whitened. Without a lookahead, frame t depends on samples before (t+1)*HOP only. Differentiable, on any device.
-    lookahead: for experiments. The window ends so many samples *past* the frame, and what it hears there is a leak.
-        -N: the segment that N gives, with zeros where it lies past the frame. Scores with N and with -N differ by what
-        the leak is worth, or by more, as that hard edge may itself cost something
-    window: (rise, fall) as in `asymmetric_window`; HANN where nothing is predicted
+    lookahead: for experiments. N > 0: the window ends N samples *past* the frame, and what it sees there is a leak.
+        -N: the same window, but the samples past the frame are zero. The leak is worth at most the difference in score
+        between N and -N, since the hard edge may cost something, too
+    window: (rise, fall) as in `asymmetric_window`; use HANN where nothing is to be predicted
     Raises ValueError for another number of dimensions, or a window or lookahead that does not fit into 1024 samples.
     """
     if wave.dim() not in (1, 2):
@@ -139,7 +140,7 @@ def log_mel(wave, lookahead=0, window=WINDOW):
 
 
 def check_window(lookahead, window):
-    """Raise ValueError unless the window rises and falls, and fits."""
+    """Raise ValueError unless window and lookahead fit into a segment, and the window rises and falls."""
     if not abs(lookahead) <= N_FFT - HOP:
         raise ValueError(f"lookahead is {lookahead} samples; it must lie in [-{N_FFT - HOP}, {N_FFT - HOP}]")
     if not (min(window) > 0 and sum(window) <= N_FFT):
@@ -150,8 +151,7 @@ def check_window(lookahead, window):
 def _log_mel(segments, lookahead, window):
     """Segments of samples (..., T, 1024) -> (..., T, 80).
 
-    A negative lookahead -N: the segments end with the frame here; moved on by N samples, they get N zeros for those
-    that lie past it.
+    With a negative lookahead -N the segments given end with their frame; they are moved N samples on, into zeros.
     """
     if lookahead < 0:
         segments = F.pad(segments[..., -lookahead:], (0, -lookahead))
@@ -163,7 +163,7 @@ class StreamingLogMel:
 
     `push(samples)` takes (N,) or (B, N), N >= 0 (the same B each time), and returns the (T, 80) or (B, T, 80)
     frames that became complete. It remembers the N_FFT - HOP samples that the next segment reaches back to, and
-    those of a frame still incomplete. With a lookahead frames come so much later: at the end push as many zeros.
+    those of a frame still incomplete. With a lookahead of N > 0 each frame comes N samples later: end with N zeros.
     """
 
     def __init__(self, lookahead=0, window=WINDOW):

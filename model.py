@@ -7,12 +7,12 @@ model.py: one hybrid transformer. It reads two views of the same 1/75 s of audio
                                           (light, causal)
 
 The discrete side makes the output a distribution that can be sampled and scored; the continuous side brings what the
-coarse code has thrown away, without a single position more (Whisper-GPT, arXiv 2412.11449, figure 1). A token-only
-GPT and a mel-only model are this same class with one branch switched off.
+coarse code has thrown away, without adding a position (Whisper-GPT, arXiv 2412.11449, figure 1). A token-only GPT and a
+mel-only model are this same class with one branch switched off.
 
-With n_codebooks > 1 a second, small transformer runs over *depth*, inside each frame: it sees what the stack knows and
+With n_codebooks > 1 a second, small transformer runs over *depth*, inside each frame: it sees the stack's output and
 the codes already chosen for the next frame, and predicts the next finer one (as in Moshi, 2410.00037, after
-RQ-Transformer, 2203.01941):
+RQ-Transformer, 2203.01941; there the stack, too, reads all codes, here n_input_codebooks of them):
 
     stack's output ─┬─ head ─────────────────────────────── code 1         a frame is still one position of
                     ├─ + code 1 ─ depth blocks ─ head 2 ─── code 2         the stack, which still reads the
@@ -33,9 +33,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-CODEBOOK_SIZE = 1024                 # that of tokens.py, which this file does without: it needs nothing but PyTorch
+CODEBOOK_SIZE = 1024                 # as in tokens.py; repeated, so that this file needs nothing but PyTorch
 START = CODEBOOK_SIZE                # the code id of the position before a clip's first frame (a BOS token)
-IGNORE = -1                          # a target that does not count
+IGNORE = -1                          # a target that is not scored
 
 
 @dataclass
@@ -46,17 +46,35 @@ class Config:
     n_inner: int                     # width of the MLPs of the stack
     use_codes: bool = True           # the token branch
     use_mel: bool = True             # the mel branch
-    n_input_codebooks: int = 1       # codebooks that the token branch reads, their embeddings summed
+    n_input_codebooks: int = 1       # how many codebooks the token branch reads, their embeddings summed
     fuse: str = "concat"             # how the branches meet: "concat", as in the paper, or "add"
     n_mel_layer: int = 1             # light causal blocks over the mel frames
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
-    n_mels: int = 80                 # numbers that the mel branch is shown of a frame
+    n_mels: int = 80                 # numbers of a frame that the mel branch is shown
     mel_noise: float = 0.0           # standard deviation of what is added to the whitened mel in training
     n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
     n_depth_layer: int = 2           # blocks over depth, if K > 1
     n_depth_embd: int = 128          # their width; a multiple of n_embd // n_head
     context: int = 512               # positions that attention sees, its own included
     dropout: float = 0.0
+
+    def check(self):
+        """Raise ValueError for a combination that cannot work."""
+        sizes = (self.n_layer, self.n_head, self.n_embd, self.n_inner, self.n_mel_embd, self.n_depth_embd,
+                 self.n_input_codebooks, self.n_codebooks, self.context)
+        if min(sizes) < 1 or not min(self.mel_noise, self.n_mel_layer, self.n_depth_layer) >= 0:      # nan, too
+            raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer and mel_noise at least 0")
+        if not (self.use_codes or self.use_mel):
+            raise ValueError("a model needs use_codes or use_mel")
+        if self.n_input_codebooks > 1 and not self.use_codes:
+            raise ValueError("n_input_codebooks needs use_codes")
+        if self.fuse not in ("concat", "add"):
+            raise ValueError(f'fuse "{self.fuse}" must be "concat" or "add"')
+        head_dim = self.n_embd // self.n_head
+        if self.n_embd % self.n_head or head_dim % 2 or (self.use_mel and self.n_mel_embd % head_dim) or (
+                self.n_codebooks > 1 and self.n_depth_embd % head_dim):
+            raise ValueError(f"n_embd {self.n_embd} must be n_head {self.n_head} times an even head size, n_mel_embd "
+                             f"{self.n_mel_embd} and n_depth_embd {self.n_depth_embd} multiples of that size")
 
 
 PRESETS = {
@@ -79,8 +97,8 @@ PRESETS = {
 def rotary_angles(start, length, head_dim):
     """What `rotate` multiplies by, for `length` positions from `start`: cos and signed sin, (2, length, head_dim).
 
-    Channel i and channel i + D/2 form a pair that turns by position * 10000^(-2i/D). In float64 and on the CPU,
-    since positions keep counting for as long as one samples.
+    Channel i and channel i + D/2 form a pair that turns by position * 10000^(-2i/D). In float64 and on the CPU, because
+    positions grow without bound while sampling.
     """
     frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(start, start + length, dtype=torch.float64)[:, None] * frequency
@@ -138,9 +156,9 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of the last `context` positions, for generating one position at a time in constant time.
 
-    Attention does not care in which order its keys stand, and every key carries its own position (rotary), so a
-    ring will do: position t overwrites position t - context. (Past `context`, a deep layer hears of more than it ever
-    did in training: each position it attends to has attended to as many before it.)
+    Attention ignores the order of its keys, and every key carries its own position (rotary), so a ring buffer is
+    enough: position t overwrites position t - context. (Beyond `context`, deep layers hear from further back than in
+    training, as each position they attend to has itself attended to `context` earlier ones.)
     """
 
     def __init__(self, context):
@@ -160,7 +178,7 @@ class KVCache:
 # ----------------------------------------------------------------------------- the model
 
 def mean_nll(logits, targets):
-    """Mean cross-entropy in nats, logits (n, 1024), over the targets (n,) that count; 0 where none does."""
+    """Mean cross-entropy in nats of logits (n, 1024) over the targets (n,) that are scored; 0 if none is."""
     nll = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
     return nll / (targets != IGNORE).sum().clamp(min=1)
 
@@ -168,26 +186,14 @@ def mean_nll(logits, targets):
 class HybridGPT(nn.Module):
     """Predictor of the next frame's codes from two aligned streams, coarse codes and log-mel frames.
 
-    config: a `Config`, for example one of `PRESETS`. Raises ValueError for a combination that cannot work.
+    config: a `Config`, for example one of `PRESETS`. Raises ValueError for one that cannot work (`Config.check`).
     """
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        if min(c.n_layer, c.n_head, c.n_embd, c.n_inner, c.n_mel_embd, c.n_depth_embd, c.n_input_codebooks,
-               c.n_codebooks, c.context) < 1 or not min(c.mel_noise, c.n_mel_layer, c.n_depth_layer) >= 0:
-            raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer and mel_noise at least 0")
+        c.check()
         head_dim = c.n_embd // c.n_head
-        if not (c.use_codes or c.use_mel):
-            raise ValueError("a model needs use_codes or use_mel")
-        if c.n_input_codebooks > 1 and not c.use_codes:
-            raise ValueError("n_input_codebooks needs use_codes")
-        if c.fuse not in ("concat", "add"):
-            raise ValueError(f'fuse "{c.fuse}" must be "concat" or "add"')
-        if c.n_embd % c.n_head or head_dim % 2 or (c.use_mel and c.n_mel_embd % head_dim) or (
-                c.n_codebooks > 1 and c.n_depth_embd % head_dim):
-            raise ValueError(f"n_embd {c.n_embd} must be n_head {c.n_head} times an even head size, n_mel_embd "
-                             f"{c.n_mel_embd} and n_depth_embd {c.n_depth_embd} multiples of that size")
         if c.use_codes:
             self.code_embedding = nn.Embedding(CODEBOOK_SIZE + 1, c.n_embd)       # + 1: START
             if c.n_input_codebooks > 1:
@@ -200,7 +206,7 @@ class HybridGPT(nn.Module):
                 Block(c.n_mel_embd, 2 * c.n_mel_embd, head_dim, c.dropout) for _ in range(c.n_mel_layer))
             width = c.n_mel_embd + c.n_embd * (c.use_codes and c.fuse == "concat")
             self.fuse = nn.Linear(width, c.n_embd, bias=False)
-            if not c.use_codes:                               # no embedding of START, and no mel there
+            if not c.use_codes:                               # START has neither a code's embedding nor a mel
                 self.start_embedding = nn.Embedding(1, c.n_embd)
         self.blocks = nn.ModuleList(Block(c.n_embd, c.n_inner, head_dim, c.dropout) for _ in range(c.n_layer))
         self.head = nn.Linear(c.n_embd, CODEBOOK_SIZE, bias=False)
@@ -215,28 +221,28 @@ class HybridGPT(nn.Module):
 
         for name, p in self.named_parameters():
             # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions
-            # (the stack's number, for the small transformers too)
+            # (those of the stack, for the two small transformers, too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
-        # what enters the stream has variance 1, whichever branches there are: twins differ in what they read, not in
-        # this. finer_embedding and depth_embedding stay small: thousands of rarely used random vectors, which at full
-        # size drown what they are added to until each is learnt
+        # what enters the stream has variance 1 whatever the branches, so that twins differ only in what they read.
+        # finer_embedding and depth_embedding stay small: they are thousands of rarely used random vectors, which at
+        # full size would drown what they are added to until each is learnt
         for name in ("mel_in", "code_embedding", "start_embedding", "fuse", "depth_in"):
             if layer := getattr(self, name, None):
-                n_terms = getattr(layer, "in_features", 1)    # of variance 1, which it sums; an embedding has only one
+                n_terms = getattr(layer, "in_features", 1)    # terms of variance 1 that it sums; of an embedding one
                 nn.init.normal_(layer.weight, std=n_terms ** -0.5)
 
     def n_params(self):
-        """How many numbers are trained."""
+        """Number of trainable parameters."""
         return sum(p.numel() for p in self.parameters())
 
     def set_mel_statistics(self, mean, covariance):
         """Mean (n_mels,) and covariance (n_mels, n_mels) of the training split's log-mel frames, for whitening.
 
-        Neighbouring bands say nearly the same; a few directions of the 80 hold nearly all the variance, and what tells
-        two sounds apart may be in the others. So a frame is expressed in the principal components of the training
-        frames, each divided by sqrt(its variance + 0.01 * the mean variance): all get about the same size, but for the
-        weakest, which are mostly noise. One factor for all then makes the mean variance 1.
+        Neighbouring bands say nearly the same: a few of the 80 directions hold nearly all the variance, yet the others
+        may tell two sounds apart. So a frame is expressed in the principal components of the training frames, each
+        divided by sqrt(its variance + 0.01 * the mean variance), which evens out all but the weakest, mostly noise. A
+        common factor then makes the mean variance 1.
         """
         if self.config.use_mel:
             variances, directions = torch.linalg.eigh(torch.as_tensor(covariance, dtype=torch.float64))
@@ -250,11 +256,11 @@ class HybridGPT(nn.Module):
 
         codes (B, K, T) int64, of which the first n_input_codebooks rows are read (the presets read one, the coarse
             code); START in the coarse row at the position before a clip
-        mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None if none is heard
-        targets (B, n_codebooks or more, T) int64 or None: the next frames' codes, IGNORE where none counts
-        depth_frames (n,) int64: the positions whose finer codes count, all by default
-        Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,), 0 where nothing
-        counts; without targets, in place of the losses, None.
+        mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None without use_mel
+        targets (B, n_codebooks or more, T) int64 or None: the next frames' codes, IGNORE where none is scored
+        depth_frames (n,) int64: the positions whose finer codes are scored, all by default
+        Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,), 0 if nothing is
+        scored; without targets (logits, None).
         """
         x = self.stack(codes, mel)                                                # (B, T, n_embd)
         logits = self.head(x)                                                     # (B, T, 1024)
@@ -270,8 +276,8 @@ class HybridGPT(nn.Module):
         return logits, torch.stack(losses)
 
     def stack(self, codes, mel, cache=None):
-        """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> what each position knows (B, T, n_embd), for
-        `head` and `finer_logits`. With a `KVCache` T is 1, and the positions before this one are remembered."""
+        """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> hidden states (B, T, n_embd), for `head` and
+        `finer_logits`. With a `KVCache` T is 1, and the positions before this one are remembered."""
         T, context = codes.shape[2], self.config.context
         at_start = (codes[:, 0] == START)[..., None]                              # (B, T, 1)
         first = 0 if cache is None else cache.position
@@ -281,8 +287,8 @@ class HybridGPT(nn.Module):
             rotary = self.rotary[:, first:first + T]
         else:                                                                     # sampling goes on past the context
             rotary = rotary_angles(first, T, self.rotary.shape[-1]).to(codes.device)
-        mask = None                                                               # all that came before
-        if T > context:                                                           # each position sees `context`
+        mask = None                                                               # causal: all that came before
+        if T > context:                                                           # no further back than `context`
             mask = torch.ones(T, T, dtype=torch.bool, device=codes.device).tril().triu(1 - context)
 
         if self.config.use_codes:
@@ -290,7 +296,7 @@ class HybridGPT(nn.Module):
             for k in range(1, self.config.n_input_codebooks):
                 x = x + F.embedding(codes[:, k], self.finer_embedding[k - 1]).masked_fill(at_start, 0.0)
         if self.config.use_mel:
-            with torch.autocast(mel.device.type, enabled=False):                  # bfloat16 would blur weak directions
+            with torch.autocast(mel.device.type, enabled=False):                  # bfloat16 would lose weak directions
                 mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
             if self.training and self.config.mel_noise:
                 mel = mel + self.config.mel_noise * torch.randn_like(mel)
@@ -307,17 +313,17 @@ class HybridGPT(nn.Module):
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
         if cache is not None:
-            cache.position += 1                               # now that every layer has stored its own
+            cache.position += 1                               # only now: every layer has stored this position
         return norm(x)
 
     def finer_logits(self, x, codes):
         """Within one frame: x (n, n_embd) of the stack, its codes so far (n, k), coarse first -> (n, k, 1024).
 
-        Row j of the result is about codebook j + 2, given codes 1 to j + 1; k from 1 to n_codebooks - 1.
+        Row j of the result predicts codebook j + 2 from codes 1 to j + 1; k from 1 to n_codebooks - 1.
         """
         k = codes.shape[1]
         # rows of all tables, one below the other. depth_embedding[arange(k), codes] would be the same, but its gradient
-        # is added up in whatever order threads come, and a resumed run would no longer be the uninterrupted one
+        # is summed in an order that varies with the threads: a resumed run would differ from an uninterrupted one
         rows = codes + CODEBOOK_SIZE * torch.arange(k, device=codes.device)
         x = self.depth_in(x)[:, None] + F.embedding(rows, self.depth_embedding.flatten(0, 1))    # (n, k, n_depth_embd)
         rotary = self.rotary[:, :k]
@@ -329,10 +335,10 @@ class HybridGPT(nn.Module):
 # ----------------------------------------------------------------------------- checkpoints
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message is one line for a person."""
+    """A checkpoint that cannot be used; the message is one line, meant for the user."""
 
 
-FORMAT = "whisper-gpt-5"             # weights of format 4 would load, but knew another mel: its window was symmetric
+FORMAT = "whisper-gpt-5"             # weights of format 4 would load, but know another mel: its window was symmetric
 
 
 def to_checkpoint(model, **facts):
@@ -341,7 +347,7 @@ def to_checkpoint(model, **facts):
 
 
 def write_whole(path, content):
-    """Write bytes beside `path`, then rename: whatever happens, `path` is whole, the old or the new."""
+    """Write bytes beside `path`, then rename: whatever happens, `path` is complete, the old or the new."""
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -354,14 +360,14 @@ def write_whole(path, content):
 
 
 def save(path, content):
-    """A checkpoint into a file; first into memory, since torch would hide why a write failed."""
+    """Write a checkpoint; serialised in memory first, because torch would hide why a write failed."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer())
 
 
 def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint of train.py -> (HybridGPT in eval mode, the checkpoint's dict). Cannot run code.
+    """Read a checkpoint of train.py -> (HybridGPT in eval mode, the checkpoint's dict). Runs no code from the file.
 
     Raises CheckpointError if the file is missing, damaged, of an older format, or something else.
     """

@@ -1,5 +1,5 @@
 """
-sample.py: a checkpoint, and if you like the beginning of a recording, become audio.
+sample.py: a checkpoint and, optionally, the beginning of a recording become audio.
 
     python sample.py --ckpt out.pt                                     five seconds from nothing -> sample.wav
     python sample.py --ckpt out.pt --prompt clip.wav --seconds 5 --num 3       three continuations of a clip
@@ -12,10 +12,10 @@ One frame, 1/75 s, at a time, around one loop:
 
 A model with several codebooks draws the finer codes of a frame one after the other, each knowing those before it. They
 fix the exact shape of the wave; a lower --finer-temperature makes it smoother. But a hybrid hears what it draws, and
-has learnt from sound whose codes vary as a recording's do: drawn too timidly, its own may die away (notebook 06).
+was trained on codes as varied as a recording's: drawn too cautiously, its sound may fade out (notebook 06).
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
-no frame costs more than one with a full context. The mel that the model is shown is that of what was just decoded.
+the cost of a frame stops growing once the context is full. The mel that the model hears is that of the latest frame.
 """
 import argparse
 import contextlib
@@ -32,29 +32,22 @@ import torch
 
 from corpora import DISK_FULL
 from data import DataError, read_audio
-from mel import FRAME_RATE, HOP, SAMPLE_RATE, WINDOW, StreamingLogMel
+from mel import FRAME_RATE, HOP, SAMPLE_RATE, StreamingLogMel
 from model import START, CheckpointError, KVCache, load_checkpoint
 from tokens import CodecError
-from train import choose_device, its_codec
+from train import cannot_be_sampled, choose_device, its_codec
 
 
 def load(path, device="cpu", codec=None, codec_dir=None):
     """A checkpoint of train.py -> (`HybridGPT` in eval mode, the `Codec` it was trained with, the checkpoint's dict).
 
     codec: a name for `load_codec`, None for the one that the checkpoint names. Raises CheckpointError for a checkpoint
-    that cannot be read, or of a model that reads codes it does not predict or hears what it could not while sampling;
-    CodecError for a codec that is not the checkpoint's.
+    that cannot be read, or whose model needs what is not there while sampling; CodecError for a codec that is not the
+    checkpoint's.
     """
     model, checkpoint = load_checkpoint(path, device)
-    if model.config.n_input_codebooks > model.config.n_codebooks:
-        raise CheckpointError(f"{path} reads {model.config.n_input_codebooks} codebooks and predicts "
-                              f"{model.config.n_codebooks}: it can be scored but not sampled")
-    if model.config.use_mel:                                  # a token-only model was shown a mel and ignored it
-        if checkpoint["lookahead"] or tuple(checkpoint["window"]) != WINDOW:
-            raise CheckpointError(f"{path} was trained on the mel of --lookahead {checkpoint['lookahead']} --window "
-                                  f"{' '.join(map(str, checkpoint['window']))}: it can be scored but not sampled")
-        if checkpoint.get("latents"):
-            raise CheckpointError(f"{path} was trained on --latents, not on a mel: it can be scored but not sampled")
+    if why := cannot_be_sampled(model.config, checkpoint):
+        raise CheckpointError(f"{path} {why}: it can be scored but not sampled")
     return model, its_codec(checkpoint, path, device, codec or checkpoint["codec"], codec_dir), checkpoint
 
 
@@ -62,7 +55,7 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a code from logits (B, 1024) -> (B,) int64.
 
     temperature: divides the logits; 0 takes the most likely code. top_k: only among the k likeliest codes. top_p:
-    only among the likeliest that together hold probability p (the nucleus; Holtzman et al., 1904.09751).
+    only among the fewest likeliest whose probabilities add up to p (the nucleus; Holtzman et al., 1904.09751).
     generator: a CPU torch.Generator.
     """
     if temperature < 1e-6:
@@ -82,10 +75,10 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
     """Yield (codes (B, K, 1), wave (B, 320)) frame by frame: the prompt as the codec decodes it, then `n_frames` new.
 
     model: a `HybridGPT` of K codebooks in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
-    prompt: codes (1, K, P) or None; temperature: of the coarse code; finer_temperature: of the others, None: the
-        same; how: top_k, top_p and generator of every `draw`
-    The prompt and its continuation run through one codec state, so there is no seam between them. What is yielded are
-    inference tensors: clone what is to be trained on.
+    prompt: codes (1, K, P) or None; temperature: of the coarse code; finer_temperature: of the finer codes (None: the
+        same); how: top_k, top_p and generator, for every `draw`
+    The prompt and its continuation run through one codec state, so there is no seam between them. Yields inference
+    tensors: clone them before training on them.
     """
     device = next(model.parameters()).device
     finer_temperature = temperature if finer_temperature is None else finer_temperature
@@ -124,8 +117,8 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--codec", help="codec to decode with (default: the one the checkpoint names)")
     add("--codec-dir", help="folder with EnCodec's weights")
-    add("--device", help="default: the first of cuda, mps and cpu that is there")
-    add("--out", default="sample.wav", help="a file there is replaced, when all is generated; with --num 3: "
+    add("--device", help="default: the first available of cuda, mps and cpu")
+    add("--out", default="sample.wav", help="an existing file is replaced once all is generated; with --num 3: "
         "sample-1.wav, sample-2.wav, sample-3.wav; -: raw 16-bit PCM, mono, 24 kHz, to standard output while it is "
         "generated (default: %(default)s)")
     args = parser.parse_args()
@@ -143,14 +136,14 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    out = Path(args.out)
-    names = [out] if args.num == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.num)]
-    live = args.out == "-"
+    out, live = Path(args.out), args.out == "-"
+    several = args.num > 1 and out.name                       # "" and / have no name to add a number to
+    names = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.num)] if several else [out]
     if not live and (out.suffix.lower() not in (".wav", ".flac") or any(name.is_dir() for name in names)
                      or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
         sys.exit(f"error: cannot write {out}: --out takes a .wav or .flac file in an existing, writable folder")
     model, codec, checkpoint = load(args.ckpt, choose_device(args.device), args.codec, args.codec_dir)
-    trained_on, hears = checkpoint["mel_codebooks"], model.config.n_codebooks         # the mel of so many codebooks
+    trained_on, hears = checkpoint["mel_codebooks"], model.config.n_codebooks         # the mel of that many codebooks
     if model.config.use_mel and hears not in (trained_on, checkpoint.get("mix")):
         print(f"note: {args.ckpt} learnt from the mel of {f'{trained_on} codebooks' if trained_on else 'recordings'} "
               f"and hears that of the {hears} it predicts: expect less of it than its NLL says", file=sys.stderr)
@@ -161,11 +154,11 @@ def main():
         if prompt.shape[-1] == 0:
             raise DataError(f"{args.prompt}: holds {len(wave)} samples, less than one frame ({HOP} at 24 kHz)")
 
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):      # so that unfinished files go, as with Ctrl-C
-        if number and signal.getsignal(number) != signal.SIG_IGN:         # nohup has it ignored
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", None)):      # delete unfinished files, as with Ctrl-C
+        if number and signal.getsignal(number) != signal.SIG_IGN:         # nohup ignores it
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     if args.num == 1 and codec.device.type == "cpu":
-        torch.set_num_threads(1)                              # one frame is too little to share: threads mostly wait
+        torch.set_num_threads(1)                              # one frame is too little work for several threads
     n_frames = round(args.seconds * FRAME_RATE)
     generator = torch.Generator().manual_seed(args.seed)
     parts = [] if live else [name.with_name(f".{name.stem}.{os.getpid()}.part{name.suffix}") for name in names]
@@ -190,7 +183,7 @@ def main():
                 print(f"\r{seconds:.1f} s at {pace:.2f} x real time ", end="", file=sys.stderr)
         for file, part, name in zip(files, parts, names):
             file.close()
-            if soundfile.info(part).frames != t * HOP:        # libsndfile hides a write that fails at the very end
+            if soundfile.info(part).frames != t * HOP:        # libsndfile does not report that its last write failed
                 raise soundfile.SoundFileRuntimeError("the file is not complete")
             os.replace(part, name)
     print(f"{'standard output' if live else ', '.join(map(str, names))}: {seconds:.2f} s"
@@ -207,7 +200,8 @@ if __name__ == "__main__":
         sys.exit(f"error: cannot write --out ({str(error).strip()}): is the disk full?")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:                                   # whoever listened to --out - has heard enough
+    except BrokenPipeError:                                   # whoever read --out - has closed the pipe
+        # at exit Python flushes stdout once more: into nothing, or that would fail, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:

@@ -6,7 +6,7 @@ tokens.py: EnCodec turns a waveform into a small stack of integers 75 times a se
 Codebook 1 picks the nearest of 1024 vectors to the latent, codebook 2 the nearest to what is left over, and so on:
 K codebooks cost K * 10 bits a frame (0.75 kbit/s each), coarse first.
 
-Two codecs, one class of the `encodec` package (Défossez et al., arXiv 2210.13438):
+Two codecs, both of one class of the `encodec` package (Défossez et al., arXiv 2210.13438):
 
     mini     made by this project, weights in assets/, zero padding: causal from the first code on
     encodec  Meta's EnCodec 24 kHz, 14.9 M parameters, downloaded once (93 MB) or read from a folder
@@ -15,8 +15,8 @@ Two codecs, one class of the `encodec` package (Défossez et al., arXiv 2210.134
     >>> codes = codec.encode(wave)          # (B, 8, T), T = N // 320
     >>> again = codec.decode(codes)         # (B, T * 320)
 
-Everything runs piece by piece (`stream_encoder`, `stream_decoder`): each layer remembers the little it needs of
-the past, so any split gives the result of one pass, and a file of any length needs the memory of ten seconds.
+Everything runs piece by piece (`stream_encoder`, `stream_decoder`): each layer remembers the little of the past that it
+needs, so any split gives the result of one pass, and a file of any length takes no more memory than ten seconds.
 """
 import hashlib
 import importlib.machinery
@@ -27,9 +27,11 @@ from pathlib import Path
 
 import torch
 
-try:                                 # encodec imports torchaudio, which we never use. Its only wheel is built for
-    import torchaudio                # noqa: F401   CUDA and fails to load beside a CPU build of torch: then, and
-except (ImportError, OSError):       # only then, an empty module of that name lets encodec import.
+# encodec imports torchaudio, which we never use. Its only wheel is built for CUDA and fails to load beside a CPU build
+# of torch: then, and only then, an empty module of that name (with a spec, for find_spec) takes its place.
+try:
+    import torchaudio                # noqa: F401
+except (ImportError, OSError):
     spec = importlib.machinery.ModuleSpec("torchaudio", None)
     sys.modules["torchaudio"] = importlib.util.module_from_spec(spec)
 import encodec.model
@@ -47,14 +49,15 @@ SILENCE = 8                          # frames of silence before a clip for a cod
 
 MINI = Path(__file__).parent / "assets" / "mini.pt"
 MINI_SHA256 = "da13ab60fe19712f5ce7b639acb10fcca1455ee60c551ffdc19008beb0726169"
-ENCODEC_FILE = "encodec_24khz-d7cc33bc.th"
+ENCODEC_SHA256 = "d7cc33bc"          # its first digits, which are all that Meta has published
+ENCODEC_FILE = f"encodec_24khz-{ENCODEC_SHA256}.th"
 
-# a GPU's codes should be a CPU's: no factors of 10 bits (TF32) in convolutions and LSTM
+# GPU and CPU should find the same codes: no TF32, which rounds factors to 10 bits, in convolutions and LSTM
 torch.backends.cudnn.allow_tf32 = False
 
 
 class CodecError(RuntimeError):
-    """A codec that cannot be had, or input it cannot take; the message is one line for a person."""
+    """A codec that cannot be loaded, or input that it cannot take; the message is one line, meant for the user."""
 
 
 # ----------------------------------------------------------------------------- networks, one piece at a time
@@ -62,10 +65,10 @@ class CodecError(RuntimeError):
 def run_piece(module, x, state):
     """Apply one of EnCodec's modules to the next piece of a signal, x (B, C, T) -> (B, C', T').
 
-    Pieces are whole frames, so that every stride divides them and no layer has half an output pending.
+    Pieces are whole frames, so that every stride divides them and no layer is left with half an output.
     `state` is a dict, empty at the start of a clip: layer -> what it must remember. A causal convolution
-    remembers the last inputs its kernel still reaches, a transposed one what its last input adds to the next block
-    of outputs (its kernel is twice its stride: each input makes a block and the next), the LSTM its hidden state.
+    remembers the last inputs that its kernel still reaches; a transposed one, whose kernel is twice its stride, so that
+    each input adds to two blocks of outputs, what its last input adds to the next block; the LSTM its hidden state.
     """
     if isinstance(module, torch.nn.Sequential):
         for child in module:
@@ -75,7 +78,7 @@ def run_piece(module, x, state):
         return run_piece(module.shortcut, x, state) + run_piece(module.block, x, state)
     if isinstance(module, SConv1d):
         conv = module.conv.conv
-        # how many inputs before the first of a stride its output needs; the package pads by as many
+        # how many earlier inputs an output needs besides those of its own stride; the package pads by as many
         reach = (conv.kernel_size[0] - 1) * conv.dilation[0] - (conv.stride[0] - 1)
         if module in state:
             x = torch.cat([state[module], x], dim=-1)
@@ -96,7 +99,7 @@ def run_piece(module, x, state):
         before = state.get(module, x.new_zeros(2, module.lstm.num_layers, *x.shape[1:]))
         if len(x) > 1:
             y, state[module] = module.lstm(x, tuple(before))
-        else:                                                 # the call above would first pack its weights, every time
+        else:                                                 # module.lstm would pack its weights anew at every call
             y, after = x[0], []
             for h, c, weights in zip(*before, module.lstm.all_weights):
                 y, c = torch.lstm_cell(y, (h, c), *weights)
@@ -107,11 +110,11 @@ def run_piece(module, x, state):
 
 
 class StreamEncoder:
-    """`push(wave (B, n)) -> codes (B, K, t)`: the codes that became complete; n >= 0, any split, the same B."""
+    """`push(wave (B, n)) -> codes (B, K, t)`: the codes that became complete; n >= 0, split anywhere, the same B."""
 
     def __init__(self, codec, n_codebooks):
         self.codec, self.n_codebooks = codec, n_codebooks
-        self.state, self.rest = {}, None                      # rest: samples of a frame not yet complete
+        self.state, self.rest = {}, None                      # rest: samples of a frame that is not yet complete
 
     def push(self, wave):
         return torch.cat([self.codec.quantize(self.latents(piece), self.n_codebooks)
@@ -119,15 +122,14 @@ class StreamEncoder:
 
     @torch.no_grad()
     def latents(self, wave):
-        """In place of `push`: the encoder's output before it is quantised, (B, C, t), for a piece of some seconds
-        (`push` cuts longer ones, to bound memory)."""
+        """To be used instead of `push`: the encoder's output, not quantised, (B, C, t). Pieces should be of a few
+        seconds, as only `push` cuts longer ones to bound memory."""
         encoder = self.codec.model.encoder
-        if self.rest is None:
-            self.rest = wave[:, :0]
-            if self.codec.silence_frames:
-                silence = wave.new_zeros(len(wave), 1, self.codec.silence_frames * HOP)
-                run_piece(encoder.model, silence, self.state)
-        wave = torch.cat([self.rest, wave], dim=-1)
+        if self.codec.silence_frames and not self.state:      # the first piece
+            silence = wave.new_zeros(len(wave), 1, self.codec.silence_frames * HOP)
+            run_piece(encoder.model, silence, self.state)
+        if self.rest is not None:
+            wave = torch.cat([self.rest, wave], dim=-1)
         whole = wave.shape[-1] // HOP * HOP
         self.rest = wave[:, whole:].clone()
         if whole == 0:
@@ -136,19 +138,17 @@ class StreamEncoder:
 
 
 class StreamDecoder:
-    """`push(codes (B, K, t)) -> wave (B, t * 320)`: t >= 0, any split, the same B and K each time."""
+    """`push(codes (B, K, t)) -> wave (B, t * 320)`: t >= 0, split anywhere, the same B and K each time."""
 
     def __init__(self, codec):
-        self.codec, self.state = codec, None
+        self.codec, self.state = codec, {}
 
     @torch.no_grad()
     def push(self, codes):
         model = self.codec.model
-        if self.state is None:
-            self.state = {}
-            if self.codec.silence_frames:
-                silence = self.codec.silence_codes[:, :codes.shape[1]].expand(len(codes), -1, -1)
-                run_piece(model.decoder.model, self.codec.dequantize(silence), self.state)
+        if self.codec.silence_frames and not self.state:      # the first piece
+            silence = self.codec.silence_codes[:, :codes.shape[1]].expand(len(codes), -1, -1)
+            run_piece(model.decoder.model, self.codec.dequantize(silence), self.state)
         if codes.shape[-1] == 0:
             return codes.new_zeros(len(codes), 0, dtype=torch.float32)
         return torch.cat([run_piece(model.decoder.model, self.codec.dequantize(piece), self.state)[:, 0]
@@ -160,12 +160,11 @@ class StreamDecoder:
 class Codec:
     """An EnCodec model behind two calls, `encode` and `decode`. Made by `load_codec`; always eval, never a gradient.
 
-    name, checksum   what wrote these codes, for caches and checkpoints
+    name, checksum   which codec it is, for caches and checkpoints
     n_codebooks      how many codebooks the weights hold
-    silence_frames   frames of silence that encoding and decoding begin with and drop again. EnCodec pads the
-                     start of a clip by reflection, which lets its first codes see about seven frames ahead;
-                     inside silence the reflection shows silence, so that every code of the clip is causal.
-                     0 for a codec that pads with zeros.
+    silence_frames   frames of silence before every clip, whose codes and sound are dropped. EnCodec pads the start of
+                     a clip by reflection, which lets its first codes see about seven frames ahead; a reflection of
+                     silence is silence, so that every code of the clip is causal. 0 for a codec that pads with zeros.
     """
 
     def __init__(self, model, name, checksum, device="cpu"):
@@ -191,13 +190,13 @@ class Codec:
         return self.model.quantizer.vq.encode(latents, n_q=n_codebooks).transpose(0, 1)
 
     def dequantize(self, codes):
-        """codes (B, K, T) -> what the decoder is given for them: the sum of the vectors they stand for, (B, C, T)."""
+        """codes (B, K, T) -> the decoder's input: the sum of the vectors that they stand for, (B, C, T)."""
         return self.model.quantizer.decode(codes.transpose(0, 1))
 
     def encode(self, wave, n_codebooks=None):
         """24 kHz waveform (B, N) float32 in [-1, 1] -> codes (B, K, N // 320) int64, coarse first.
 
-        n_codebooks: the first so many; all of them by default. Samples after the last whole frame are dropped.
+        n_codebooks: only the first K; all of them by default. Samples after the last whole frame are dropped.
         Raises CodecError for another shape, non-finite samples or a number of codebooks the codec does not have.
         """
         if wave.dim() != 2:
@@ -220,7 +219,7 @@ class Codec:
     def stream_encoder(self, n_codebooks=None):
         """A fresh `StreamEncoder` for one clip (or a batch of clips, padded to equal length), on the codec's device.
 
-        n_codebooks: the first so many, all by default. Raises CodecError if the codec does not have so many.
+        n_codebooks: only the first K, all by default. Raises CodecError if the codec has fewer.
         """
         n_codebooks = self.n_codebooks if n_codebooks is None else n_codebooks
         if not 1 <= n_codebooks <= self.n_codebooks:
@@ -249,7 +248,7 @@ def load_codec(name="mini", device="cpu", folder=None):
     """A `Codec` by name, `mini` or `encodec`, or from a file that assets/train_codec.py wrote.
 
     folder: where `encodec` finds its weights (a file encodec_24khz-d7cc33bc.th) instead of downloading them.
-    Raises CodecError, in one line, when the weights are missing, damaged or not a codec's.
+    Raises CodecError, in one line, when the weights are missing, damaged or not those of a codec.
     """
     if folder == "":                                          # a shell variable that is not set
         raise CodecError("the folder of EnCodec's weights has an empty name")
@@ -270,13 +269,13 @@ def load_codec(name="mini", device="cpu", folder=None):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = build_mini(**saved["config"])
         weights = {key: value.float() for key, value in saved["weights"].items()}
-        absent, unknown = model.load_state_dict(weights, strict=False)
-    except Exception as error:       # torch.load raises many kinds for a file that is not what it should be
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except Exception as error:       # torch.load raises many kinds of exception for a foreign or damaged file
         raise CodecError(f"{path} is not a codec file of assets/train_codec.py ({type(error).__name__})") from error
-    # what may be absent are the running sums of codebook training, which only assets/train_codec.py uses
-    absent = [key for key in absent if not key.endswith(("inited", "cluster_size", "embed_avg"))]
-    if absent or unknown:
-        raise CodecError(f"{path} does not fit its own configuration: {(absent + unknown)[0]} is missing or unknown")
+    # the running sums of codebook training may be missing: only assets/train_codec.py uses them
+    missing = [key for key in missing if not key.endswith(("inited", "cluster_size", "embed_avg"))]
+    if wrong := missing + unexpected:
+        raise CodecError(f"{path} does not fit its own configuration: {wrong[0]} is missing or unknown")
     return Codec(model, name if name == "mini" else path.stem, checksum[:16], device)
 
 
@@ -290,9 +289,9 @@ def _sha256(path):
 def _load_encodec(device, folder):
     """Meta's weights through the package: its download, cache and checksum, or a local folder."""
     where = Path(folder) / ENCODEC_FILE if folder else encodec.model.ROOT_URL + ENCODEC_FILE
-    checksum = ENCODEC_FILE.split("-")[1].split(".")[0]       # verified by the package, but not for a cached download
+    # the package checks what it downloads and what is in a folder, but not what it has downloaded before
     cached = Path(torch.hub.get_dir()) / "checkpoints" / ENCODEC_FILE
-    if not folder and cached.is_file() and not _sha256(cached).startswith(checksum):
+    if not folder and cached.is_file() and not _sha256(cached).startswith(ENCODEC_SHA256):
         raise CodecError(f"the cached download {cached} is damaged: delete it and try again")
     try:
         with warnings.catch_warnings():
@@ -303,4 +302,4 @@ def _load_encodec(device, folder):
         raise CodecError(f"cannot load EnCodec's weights from {where} ({reason}); fetch "
                          f"{encodec.model.ROOT_URL}{ENCODEC_FILE} on a machine with network and pass --codec-dir "
                          "FOLDER, or use --codec mini") from error
-    return Codec(model, "encodec", checksum, device)
+    return Codec(model, "encodec", ENCODEC_SHA256, device)

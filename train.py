@@ -6,13 +6,13 @@ train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
     python train.py --dataset ~/recordings --out mine.pt    your own folder of audio
     python train.py --resume                                go on after an interruption, from out.last.pt
     python train.py --eval out.pt                           score a checkpoint, train nothing
-    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; without dropout,
-                                                            mel_noise and own details the same losses, but for
-                                                            rounding
+    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; the same losses up to
+                                                            rounding if nothing is random (dropout, mel_noise, own
+                                                            details)
 
 Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
-that was printed, and each clip's NLL. An evaluation is the whole validation split in fixed order, so two of them can be
-compared.
+that was printed, and each clip's NLL. Every evaluation goes over the whole validation split in fixed order, so they can
+be compared.
 """
 import argparse
 import contextlib
@@ -39,17 +39,18 @@ from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, Hybr
                    load_checkpoint, save, to_checkpoint)
 from tokens import CodecError, load_codec
 
-DEPTH_EVERY = 8                      # a step learns the finer codes of every eighth frame: they cost most
+DEPTH_EVERY = 8                      # a step learns the finer codes of every eighth frame only, as they cost most
 
-# what torchrun sets; a scheduler may set some of them for its own purposes
+# torchrun sets all three; a cluster's scheduler may set some of them for its own purposes
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
+MASTER = RANK == 0                   # this process evaluates, prints and writes
 
-SHOWN = ("dataset", "codec", *MEL_OPTIONS)           # what a model is shown; out.pt and every result name these options
-MAY_CHANGE = ("dataset", "codec", "codec_dir",       # with --resume: where things lie now (hashes tell whether they
-              "dtype", "compile", "accumulate")      # are the same), and how to compute
+SHOWN = ("dataset", "codec", *MEL_OPTIONS)           # a model's input; out.pt and every result name these options
+# options that may change with --resume: where things are now (hashes tell whether they are the same), how to compute
+MAY_CHANGE = ("dataset", "codec", "codec_dir", "dtype", "compile", "accumulate")
 THIS_CALL = ("given", "out", "resume", "overwrite", "eval", "device")             # not stored for --resume
-# what may stand beside --eval; not --latents, as a model made for 80 numbers a frame could not read them
+# options allowed beside --eval; not --latents, as their width would not fit a model made for a mel
 BESIDE_EVAL = {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"} - {"latents"}
 
 
@@ -59,24 +60,24 @@ def parse_arguments():
     add = parser.add_argument_group("what to train on").add_argument
     add("--dataset", default="speech", help=f"speech, music, {', '.join(CORPORA)} (fetched once), or a folder of audio "
         "files (default: %(default)s)")
-    add("--codec", help="mini, encodec, or a file of assets/train_codec.py (default: encodec for what is fetched, "
-        "otherwise mini)")
+    add("--codec", help="mini, encodec, or a file of assets/train_codec.py (default: encodec for the corpora that are "
+        "fetched, otherwise mini)")
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
-    add("--mel-codebooks", type=int, metavar="K", help="show the mel of what the first K codebooks decode to, as in "
-        "sampling, or 0: of the original audio (default: as many as the model predicts, 0 if that is one)")
-    add("--mix", type=int, metavar="K", help="in training show every other crop the mel of K codebooks instead, or 0: "
-        "of the original audio, to measure whether a model does better that knows both (default: not)")
-    add("--own-details", action="store_true", help="in training show every other crop the mel of what the model's own "
-        "finer codes decode to, below the right coarse ones (scheduled sampling); on a CPU a step takes four times as "
-        "long")
+    add("--mel-codebooks", type=int, metavar="K", help="use the mel of the audio decoded from the first K codebooks, "
+        "as in sampling; 0: of the original audio (default: as many as the model predicts, but 0 if it predicts one)")
+    add("--mix", type=int, metavar="K", help="in training use the mel of K codebooks in every other crop instead (0: "
+        "of the original audio), to measure whether it helps to know both (default: off)")
+    add("--own-details", action="store_true", help="in training use, in every other crop, the mel decoded from the "
+        "right coarse codes and finer ones that the model itself has drawn (a kind of scheduled sampling); on a CPU a "
+        "step takes four times as long")
     add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
-    add("--latents", action="store_true", help="show in its place the codec's own vectors, what it decodes the first K "
-        "codebooks from or, with --mel-codebooks 0, quantises")
+    add("--latents", action="store_true", help="use the codec's own vectors instead: the decoder's input for K "
+        "codebooks or, with --mel-codebooks 0, the encoder's output before it is quantised")
     add("--window", type=int, nargs=2, default=list(WINDOW), metavar=("RISE", "FALL"), help="shape of its window, "
-        "in samples; 512 512 is the Hann window (default: %(default)s)")
+        "in samples; 512 512 is a Hann window of 1024 (default: %(default)s)")
     add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
-        "--window 512 512: the usual one, centred on the frame's first sample), to measure what the look into the "
-        "future is worth; -N: the same window, but what lies past the frame counts as zero (default: %(default)s)")
+        "--window 512 512: the usual one, centred on the frame's first sample), to measure what seeing the future is "
+        "worth; -N: the same window, but samples past the frame are zero (default: %(default)s)")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, default="nano", help="preset of model.py (default: %(default)s)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
@@ -87,20 +88,21 @@ def parse_arguments():
     add = parser.add_argument_group("how to train").add_argument
     add("--steps", type=int, default=300, help="default: %(default)s")
     add("--batch-size", type=int, default=16, help="crops of one context each, per step (default: %(default)s)")
-    add("--stretch", type=int, metavar="N", help="draw crops that are neighbours, so many that they fill N positions: "
-        "batches of as many rows from fewer places, to measure what that is worth; in clips shorter than N rows stay "
-        "empty (default: one crop)")
-    add("--accumulate", type=int, default=1,
-        help="split each batch into so many parts, to save memory (default: %(default)s)")
-    add("--lr", type=float, help="highest learning rate; warm-up, then cosine to a tenth (default: 1.2e-2 for the "
-        "nano models, the best of four at 300 steps, 1e-3 for larger ones; in 400 steps 3e-3 to 6e-3 were best)")
+    add("--stretch", type=int, metavar="N", help="draw pieces of N positions and cut them into neighbouring crops: "
+        "batches of the same size from fewer places, to measure what many places are worth; clips shorter than N leave "
+        "rows empty (default: one crop)")
+    add("--accumulate", type=int, default=1, metavar="N",
+        help="split each batch into N parts, to save memory (default: %(default)s)")
+    add("--lr", type=float, help="highest learning rate, at the end of the warm-up; then cosine decay to a tenth "
+        "(default: 1.2e-2 for the nano models, the best of four at 300 steps, 1e-3 for larger ones; in 400 steps 3e-3 "
+        "to 6e-3 were best)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the weights, the batches and dropout (default: %(default)s)")
     add("--eval-every", type=int, default=100, help="steps between evaluations (default: %(default)s)")
     add = parser.add_argument_group("where to run").add_argument
-    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--device", help="cuda, mps or cpu (default: the first available)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: bfloat16 on cuda)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda only)")
     add = parser.add_argument_group("files").add_argument
@@ -133,8 +135,8 @@ def parse_arguments():
         parser.error(f"--out {args.out} must be a file and end in .pt")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
-    # Which options were given? Parse once more, into a namespace that has them all, as None: argparse sets a default
-    # only where an attribute is missing, so what is not None now was on the command line
+    # Which options were given? Parse once more, into a namespace in which every option is None already: argparse sets
+    # a default only where an attribute is missing, so what is not None afterwards was on the command line
     blank = argparse.Namespace(**dict.fromkeys(vars(args)))
     args.given = {name for name, value in vars(parser.parse_args(namespace=blank)).items() if value is not None}
     if args.eval is not None and (others := sorted(args.given - BESIDE_EVAL)):
@@ -143,7 +145,7 @@ def parse_arguments():
 
 
 def choose_device(name):
-    """A torch.device by name, or the best there is; of torchrun's processes each gets a GPU of its own."""
+    """A torch.device by name, or the best there is; under torchrun each process gets a GPU of its own."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and WORLD > 1:
@@ -190,11 +192,12 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
 
 @torch.no_grad()
 def own_details(model, codec, codes, mel, targets):
-    """A batch's mel (B, T, 80), but that of the right coarse codes and, below them, of the model's own finer ones.
+    """The mel (B, T, 80) of a batch as decoded from its right coarse codes and finer ones that the model draws itself.
 
-    That is nearly what it will hear when it samples; the right next code is still the answer (scheduled sampling,
-    Bengio et al., 1506.03099). Nearly: what it draws from has heard the right details, and a crop is decoded as if
-    there had been nothing before it.
+    That is close to what it hears when it samples; the answer is still the right next code. It is scheduled sampling
+    (Bengio et al., 1506.03099), but in one extra pass, as for Transformers in 1906.07651, at a fixed rate and of the
+    finer codes alone. Only close: the pass that draws has heard the right details, and crops are decoded without their
+    past.
     """
     model.eval()
     x = model.stack(codes, mel).flatten(0, 1)                                     # (B * T, n_embd)
@@ -208,7 +211,7 @@ def own_details(model, codec, codes, mel, targets):
 
 
 def count_targets(targets, depth_frames):
-    """How many frames of targets (B, K, T) count for the coarse code, and how many for the finer ones: (2,)."""
+    """How many frames of targets (B, K, T) are scored for the coarse code, and how many for the finer ones: (2,)."""
     counts = targets[:, 0] != IGNORE
     return torch.stack([counts.sum(), counts[:, depth_frames].sum()])
 
@@ -221,7 +224,7 @@ def learning_rate(step, args):
     return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def settle(args, files):
+def fill_defaults(args, files):
     """Fill in the defaults that depend on other options; refuse to overwrite an earlier run unasked."""
     for path in files:
         if path.exists() and path.stat().st_size and not args.overwrite:
@@ -254,8 +257,8 @@ def new_model(args, codec):
 
 
 def load_interrupted(args, last, device):
-    """What --resume continues: (model, checkpoint) of the file `last`; args become those the run was started with, but
-    for those of MAY_CHANGE that are given now."""
+    """What --resume continues: (model, checkpoint) of the file `last`; args become those the run was started with,
+    except those of MAY_CHANGE that are given now."""
     model, checkpoint = load_checkpoint(last, device)
     if "log_size" not in checkpoint:
         raise CheckpointError(f"{last} holds no training state, or that of an older version: --resume needs the one "
@@ -269,8 +272,8 @@ def load_interrupted(args, last, device):
 
 
 def its_codec(checkpoint, path, device, name, folder):
-    """The codec that the checkpoint in `path` was trained with. name: may be another than the checkpoint's, for a file
-    that lies elsewhere now; the checksum may not."""
+    """The codec that the checkpoint in `path` was trained with. name may differ from the checkpoint's, as the codec's
+    file may have moved; the checksum may not."""
     codec = load_codec(name, device, folder)
     if codec.checksum != checkpoint["codec_checksum"]:
         raise CodecError(f"{path} was trained on codes of codec {checkpoint['codec']} "
@@ -278,31 +281,62 @@ def its_codec(checkpoint, path, device, name, folder):
     return codec
 
 
+def cannot_be_sampled(config, shown):
+    """Why sample.py could not feed a model of this `Config`, or None; shown: by name the options of SHOWN."""
+    if config.n_input_codebooks > config.n_codebooks:
+        return f"reads {config.n_input_codebooks} codebooks and predicts {config.n_codebooks}"
+    if config.use_mel and (shown["lookahead"] or tuple(shown["window"]) != WINDOW):
+        return (f"was trained on the mel of --lookahead {shown['lookahead']} --window "
+                f"{' '.join(map(str, shown['window']))}")
+    if config.use_mel and shown["latents"]:
+        return "was trained on --latents, not on a mel"
+
+
+def check_options(args, model, out):
+    """Exit in one line, now and not after an hour of encoding, if options contradict each other or `out` cannot be
+    written."""
+    if args.batch_size % (args.accumulate * WORLD):
+        sys.exit(f"error: --accumulate {args.accumulate}" + (f" times {WORLD} processes" if WORLD > 1 else "")
+                 + f" must divide --batch-size {args.batch_size}")
+    stretch, positions = args.stretch or args.context, args.batch_size * args.context
+    if stretch % args.context or positions % stretch:
+        sys.exit(f"error: --stretch {stretch} must be a multiple of the context, {args.context}, and divide the batch, "
+                 f"{positions} positions")
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
+    config = model.config
+    if args.own_details and (args.mix is not None or not config.use_mel or config.n_input_codebooks > 1
+                             or not 1 < config.n_codebooks == args.mel_codebooks
+                             or cannot_be_sampled(config, vars(args))):
+        sys.exit("error: --own-details wants a hybrid that reads one codebook, predicts several and is shown the mel "
+                 "of as many, without --mix, --latents, --lookahead and --window")
+
+
 def score(args, device):
     """--eval: print a checkpoint's validation figures in one line of JSON."""
     if WORLD > 1:
         sys.exit("error: --eval takes one process: without torchrun")
     model, checkpoint = load_checkpoint(args.eval, device)
-    vars(args).update({name: checkpoint[name] for name in SHOWN if name not in args.given})
-    codec = its_codec(checkpoint, args.eval, device, args.codec, args.codec_dir)
-    data = prepare(args.dataset, codec, **{name: getattr(args, name) for name in MEL_OPTIONS})
+    shown = {name: getattr(args, name) if name in args.given else checkpoint[name] for name in SHOWN}
+    codec = its_codec(checkpoint, args.eval, device, shown["codec"], args.codec_dir)
+    data = prepare(shown["dataset"], codec, **{name: shown[name] for name in MEL_OPTIONS})
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     figures = evaluate(model, data, args.batch_size, autocast)
-    print(json.dumps({"checkpoint": args.eval, **{name: getattr(args, name) for name in SHOWN}, "codec": codec.name,
-                      "unigram_nll": data.unigram_nll(), "n_params": model.n_params(), **figures}))
+    print(json.dumps({"checkpoint": args.eval, **shown, "codec": codec.name, "unigram_nll": data.unigram_nll(),
+                      "n_params": model.n_params(), **figures}))
 
 
-stopped_by = []                      # signals that came: the run ends after the step they fall into
+stopped_by = []                      # signals received: the run ends after the current step
 
 
 def stop_soon(number, _=None):
-    """What a signal does while the loop runs."""
+    """The signal handler while the loop runs."""
     stopped_by.append(number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C: at once
 
 
 def say(text):
-    """Print; if the terminal is gone, stop as SIGHUP, which may come later, would have us stop."""
+    """Print; if the terminal is gone, stop as for SIGHUP, which may follow."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -313,7 +347,7 @@ def say(text):
 
 
 def move(x, device):
-    """A batch's tensor to the device; to a GPU while the CPU goes on, for which the memory must be pinned."""
+    """A batch's tensor to the device; to a GPU asynchronously, which needs pinned memory."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -328,7 +362,7 @@ def main():
         cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))     # to agree without waiting for a GPU
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
-    if RANK:                                                  # the first process alone evaluates and writes
+    if not MASTER:
         log_path, sys.stdout = Path(os.devnull), open(os.devnull, "w")
 
     # --- what the run is: from the command line, or from the checkpoint that is continued
@@ -336,45 +370,32 @@ def main():
         model, checkpoint = load_interrupted(args, last, device)
         codec = its_codec(checkpoint, last, device, args.codec, args.codec_dir)
     else:
-        settle(args, (out, last, log_path))
+        fill_defaults(args, (out, last, log_path))
         codec = load_codec(args.codec, device, args.codec_dir)
         model = new_model(args, codec)
-    if args.batch_size % (args.accumulate * WORLD):
-        sys.exit(f"error: --accumulate {args.accumulate}" + f" times {WORLD} processes" * (WORLD > 1)
-                 + f" must divide --batch-size {args.batch_size}")
-    stretch = args.stretch or args.context
-    if stretch % args.context or args.batch_size * args.context % stretch:
-        sys.exit(f"error: --stretch {stretch} must be a multiple of the context, {args.context}, and divide the batch, "
-                 f"{args.batch_size * args.context} positions")
-    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):          # found now, and not after an hour of work
-        sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
-    if args.own_details and (args.mix is not None or args.latents or args.lookahead or args.window != list(WINDOW)
-                             or not model.config.use_mel or model.config.n_input_codebooks > 1
-                             or not 1 < model.config.n_codebooks == args.mel_codebooks):
-        sys.exit("error: --own-details wants a hybrid that reads one codebook, predicts several and is shown the mel of "
-                 "as many, without --mix, --latents, --lookahead and --window")
-    mel_is = {name: getattr(args, name) for name in MEL_OPTIONS}
-    other_mel = {**mel_is, "mel_codebooks": args.mix}
-    if args.mix is not None:                                  # this, too, is found now
+    check_options(args, model, out)
+    mel_options = {name: getattr(args, name) for name in MEL_OPTIONS}
+    other_mel = {**mel_options, "mel_codebooks": args.mix}
+    if args.mix is not None:                                  # found now, not after an hour of encoding
         check_mel(codec, **other_mel)
     # one process prepares, the others wait for its lock
-    data = prepare(args.dataset, codec, **mel_is)
-    mixed_in = None if args.mix is None else prepare(args.dataset, codec, **other_mel)
-    unigram = 0.0 if RANK else data.unigram_nll()             # reads all codes
+    data = prepare(args.dataset, codec, **mel_options)
+    other_data = None if args.mix is None else prepare(args.dataset, codec, **other_mel)
+    unigram = data.unigram_nll() if MASTER else 0.0           # reads all codes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # --- model, optimiser
     if not args.resume:
         model.set_mel_statistics(*data.mel_statistics)
         model.to(device)
-        if not RANK:
-            last.unlink(missing_ok=True)                      # --overwrite: nothing must continue the old run now
+        if MASTER:
+            last.unlink(missing_ok=True)                      # --overwrite: the old run must not be resumed
     model.train()
-    # no weight decay for embeddings: it would shrink the rows of rare codes at every step, and few steps teach them
+    # no weight decay for embeddings: it would shrink the rows of rare codes at every step, and few steps train them
     decayed = [p for name, p in model.named_parameters() if "embedding" not in name]
-    others = [p for name, p in model.named_parameters() if "embedding" in name]
+    embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": others, "weight_decay": 0.0}],
+                                   {"params": embeddings, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), fused=True)
     step, tokens_seen, seconds, best = 0, 0, 0.0, math.inf
     if args.resume:
@@ -383,7 +404,7 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, tokens_seen, seconds, log_size = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "log_size"))
         best = checkpoint["best"] if out.exists() else math.inf         # without it the next evaluation is the best
-        checkpoint = None                                     # or its memory would stay taken
+        checkpoint = None                                     # frees its memory
     compiled = device.type == "cuda" if args.compile is None else args.compile
     wrapped = torch.compile(model) if compiled else model
     if WORLD > 1:
@@ -391,13 +412,13 @@ def main():
 
     # --- the log
     log = open(log_path, "a" if args.resume else "w")
-    if args.resume and not RANK:
-        log.truncate(min(log.tell(), log_size))               # what came later is about to be done again
+    if args.resume and MASTER:
+        log.truncate(min(log.tell(), log_size))               # the steps logged after that are about to be repeated
 
-    def report(figures):
+    def write_log(figures):
         print(json.dumps(figures), file=log, flush=True)
 
-    n_params, context = model.n_params(), model.config.context
+    n_params, context = model.n_params(), args.context
     print(f"{args.model}: {n_params / 1e6:.2f} M parameters, context {context}, on {device} in {args.dtype}")
     print(f"{args.dataset}: {data.meta['train_frames']:,} frames to train on, {data.meta['val_frames']:,} to "
           f"validate, codec {codec.name}; {args.batch_size * context:,} targets a step at most")
@@ -406,18 +427,18 @@ def main():
     facts = {"preset": args.model, **{name: getattr(args, name) for name in SHOWN}, "mix": args.mix,
              "codec_checksum": codec.checksum, "data_key": data.key, "audio": data.fingerprint}
     options = {k: v for k, v in vars(args).items() if k not in THIS_CALL}
-    report({"step": step, "args": options, "n_params": n_params, **facts, "device": str(device),
+    write_log({"step": step, "args": options, "n_params": n_params, **facts, "device": str(device),
             "torch": torch.__version__, "unigram_nll": unigram, "train_frames": data.meta["train_frames"],
             "val_frames": data.meta["val_frames"]})
 
     signal.signal(signal.SIGINT, stop_soon)
     signal.signal(signal.SIGTERM, stop_soon)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup has it ignored
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup ignores it
         signal.signal(signal.SIGHUP, stop_soon)
 
     # --- the loop
     start, tokens_logged, time_logged = time.time() - seconds, tokens_seen, time.time()
-    lr, grad_norm = 0.0, torch.zeros(())
+    lr, grad_norm = 0.0, torch.zeros(())                      # for `diverged`, before the first step
 
     def diverged(what):
         sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; "
@@ -425,23 +446,23 @@ def main():
                  + "; start anew with a lower --lr (and --overwrite)")
 
     while True:
-        # Here, between two steps, and nowhere else a run is evaluated, saved and left. What is saved is the moment
-        # before this evaluation: --resume repeats it, so log_size is taken now, and cuts off what comes
+        # Only here, between two steps, is a run evaluated, saved and ended. The state that is saved is the one before
+        # this evaluation, which --resume repeats: so log_size is taken now, and --resume cuts the log off there
         seconds, log_size = time.time() - start, log.tell()
         stop = max(stopped_by, default=0)
         if WORLD > 1:                                         # all processes stop after the same step
             stop = torch.tensor(stop)                         # on the CPU: no step should wait for a GPU
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)
             stop = stop.item()
-        due = not stop and (step % args.eval_every == 0 or step == args.steps)    # told to stop: --resume will evaluate
+        due = not stop and (step % args.eval_every == 0 or step == args.steps)    # if stopped, --resume will evaluate
         if (step % 20 == 0 or due or stop) and not grad_norm.isfinite():
             diverged("the loss or its gradient")
-        if due and RANK == 0:                                 # `model`: `wrapped` would be compiled anew for eval mode
+        if due and MASTER:                                    # not `wrapped`: it would be compiled for eval mode, too
             figures = evaluate(model, data, args.batch_size // (args.accumulate * WORLD), autocast)
             if not math.isfinite(figures["val_nll"]):
                 diverged("the validation loss")
-            report({"step": step, "unigram_nll": unigram, "n_params": n_params, "tokens_seen": tokens_seen,
-                    "seconds": round(seconds, 1), **figures})
+            write_log({"step": step, "unigram_nll": unigram, "n_params": n_params, "tokens_seen": tokens_seen,
+                       "seconds": round(seconds, 1), **figures})
             better = figures["val_nll"] < best
             finer = figures.get("val_nll_finer", [])
             say(f"step {step:5d}  val NLL {figures['val_nll']:.4f}  perplexity {figures['val_ppl']:.1f}  accuracy "
@@ -450,16 +471,16 @@ def main():
             if better:
                 best = figures["val_nll"]
                 save(out, to_checkpoint(model, step=step, val_nll=best, **facts))
-        if (due or stop) and RANK == 0:
+        if (due or stop) and MASTER:
             content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
                                     seconds=seconds, best=best, log_size=log_size, args=options, **facts)
-            os.fsync(log.fileno())                            # after a power cut, too, it is as long as `last` says
+            os.fsync(log.fileno())                            # so that even after a power cut it is as long as log_size
             save(last, content)
-            time_logged, tokens_logged = time.time(), tokens_seen                 # no part of the rate
+            time_logged, tokens_logged = time.time(), tokens_seen                 # excluded from tokens/s
         if stop:
             launch = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
             say(f"stopped at step {step}; continue with: {launch} train.py --resume --out {out}"
-                + f" --device {args.device}" * ("device" in args.given))
+                + (f" --device {args.device}" if args.device else ""))
             sys.exit(128 + stop)
         if step == args.steps:
             break
@@ -467,29 +488,29 @@ def main():
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # batch and dropout depend on options, step and process alone, so that a resumed run is the uninterrupted one
-        crops = args.seed, step, args.batch_size, context, args.stretch
-        batch = data.batch(*crops)                            # codes, mel, targets
-        if mixed_in:                                          # the same crops, every other one with its other mel
-            batch[1][step % 2::2] = mixed_in.batch(*crops)[1][step % 2::2]
+        # batch and dropout depend only on options, step and process, so that a resumed run equals an uninterrupted one
+        which = args.seed, step, args.batch_size, context, args.stretch
+        batch = data.batch(*which)                            # codes, mel, targets
+        if other_data:                                        # the same crops, every other one with the other mel
+            batch[1][step % 2::2] = other_data.batch(*which)[1][step % 2::2]
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
-        # each step another offset: with a fixed one most frames near a clip's start, where many crops begin, would
-        # never be learnt
+        # the offset changes from step to step: fixed, it would never train most frames near a clip's start, where many
+        # crops begin
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = count_targets(batch[2], depth_frames), 0.0          # (2,)
-        # of the batch this process's rows, of these --accumulate parts
+        # this process's rows of the batch, in --accumulate parts
         parts = zip(*(x.chunk(WORLD)[RANK].chunk(args.accumulate) for x in batch))
         for n_part, part in enumerate(parts, start=1):
             if WORLD > 1:                                     # gradients are averaged once, after the last part
                 wrapped.require_backward_grad_sync = n_part == args.accumulate
             codes, mel, targets = (move(x, device) for x in part)
-            if args.own_details and len(mel) > step % 2:
+            if args.own_details and len(mel) > step % 2:      # a part may have a single row, which takes turns
                 some = slice(step % 2, None, 2)
                 mel[some] = own_details(model, codec, codes[some], mel[some], targets[some]).type_as(mel)
             with autocast:
                 _, losses = wrapped(codes, mel, targets, depth_frames=move(depth_frames, device))         # (K,)
-            # clips shorter than the context are padded, so parts hold unequal numbers of targets: each weighed by its
-            # share of them, the means of all parts and processes add up to the means over the batch
+            # clips shorter than the context are padded, so parts hold unequal numbers of targets: weighted by their
+            # shares of them, the means of all parts and processes add up to the means over the batch
             shares = count_targets(part[2], depth_frames) / n_targets.clamp(min=1)           # coarse, finer
             loss = losses[0] * shares[0] + (losses[1:].mean() * shares[1] if len(losses) > 1 else 0)
             (loss * WORLD).backward()                         # the processes' gradients will be averaged, not summed
@@ -506,12 +527,13 @@ def main():
             loss_value = loss_sum.item()                      # a CPU-GPU sync point, hence not every step
             rate = (tokens_seen - tokens_logged) / (time.time() - time_logged)
             time_logged, tokens_logged = time.time(), tokens_seen
-            report({"step": step, "loss": loss_value, "lr": lr, "tokens_per_second": round(rate)})
+            write_log({"step": step, "loss": loss_value, "lr": lr, "tokens_per_second": round(rate)})
             say(f"step {step:5d}  loss {loss_value:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s")
 
     print(f"best validation NLL {best:.4f} nats ({abs(unigram - best):.4f} {'below' if best < unigram else 'above'} "
-          f"the unigram figure) in {out}; hear it with: python sample.py --ckpt {out}"
-          + f" --codec-dir {args.codec_dir}" * bool(args.codec_dir))
+          f"the unigram figure) in {out}"
+          + ("" if cannot_be_sampled(model.config, facts) else f"; hear it with: python sample.py --ckpt {out}"
+             + (f" --codec-dir {args.codec_dir}" if args.codec_dir else "")))
     if WORLD > 1:
         dist.destroy_process_group()
 
@@ -521,10 +543,13 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is too small: raise --accumulate (--resume takes it, too), or lower "
-                 "--context or --batch-size (with --eval that alone)")
+    except (MemoryError, RuntimeError) as error:              # torch has an error of its own for GPUs only
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+            raise
+        sys.exit("error: out of memory: raise --accumulate (--resume takes it, too), or lower --context or "
+                 "--batch-size (with --eval that alone)")
     except BrokenPipeError:                                   # as in `python train.py | head`
+        # at exit Python flushes stdout once more: into nothing, or that would fail, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit("error: nobody reads the output any more; continue with --resume, or start anew with --overwrite if "
                  "there is no checkpoint yet")

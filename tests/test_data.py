@@ -47,7 +47,8 @@ def clips(folder, n=4, seconds=1.0):
 def codec_whose_encoder(tiny_codec, stream_encoder):
     """The tiny codec to `prepare`, but for what it does when a clip begins."""
     return SimpleNamespace(name=tiny_codec.name, checksum=tiny_codec.checksum, n_codebooks=tiny_codec.n_codebooks,
-                           quantize=tiny_codec.quantize, device=tiny_codec.device, stream_encoder=stream_encoder)
+                           quantize=tiny_codec.quantize, device=tiny_codec.device, stream_encoder=stream_encoder,
+                           stream_decoder=tiny_codec.stream_decoder)
 
 
 def describe(home, n_frames, val):
@@ -477,6 +478,12 @@ def test_a_name_that_is_not_text_costs_that_file_only(tmp_path, tiny_codec, capf
     os.rename(folder / "a.wav", os.fsencode(folder) + b"/caf\xe9.wav")
     assert len(prepare(folder, tiny_codec, tmp_path / "cache", quiet=True).meta["clips"]) == 2
     assert "skipped 1 of 3 files" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "x" + "é" * 127])
+def test_a_folder_may_have_the_longest_name_there_is(tmp_path, tiny_codec, name):
+    folder = clips(tmp_path / name, n=2)
+    assert len(prepare(folder, tiny_codec, tmp_path / "cache", quiet=True).meta["clips"]) == 2
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])

@@ -279,6 +279,8 @@ def test_a_folder_in_the_place_of_the_output_is_refused_before_any_work(run, tmp
         assert_refused(run(), "cannot write sample.wav")
         (tmp_path / "sample.wav").rename(tmp_path / "sample-2.wav")
         assert_refused(run("--num", 2), "cannot write sample.wav")
+        for nameless in ("", "/"):
+            assert_refused(run("--out", nameless, "--num", 2), "cannot write")
 
 
 def test_silence_can_be_continued(run, tmp_path):

@@ -364,6 +364,7 @@ def meta(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr(EncodecModel, "_get_pretrained",
                         staticmethod(lambda name, repository=None: get_pretrained(stand_in.name, repository)))
     monkeypatch.setattr(tokens, "ENCODEC_FILE", stand_in.name)
+    monkeypatch.setattr(tokens, "ENCODEC_SHA256", stand_in.stem.split("-")[1])
     monkeypatch.setattr(encodec.model, "ROOT_URL", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")

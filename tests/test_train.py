@@ -513,9 +513,23 @@ def test_a_mel_to_mix_in_that_cannot_be_had_is_refused_before_any_work(run, tmp_
     assert set(run.cache.iterdir()) == before
 
 
-def test_a_gpu_that_is_too_small_is_one_clear_line(run, tmp_path):
-    with mock.patch.object(HybridGPT, "stack", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
-        assert_refused(run(tmp_path), "memory", "--accumulate")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
+def test_too_little_memory_is_one_clear_line(run, tmp_path, error):
+    with mock.patch.object(HybridGPT, "stack", side_effect=error):
+        assert_refused(run(tmp_path), "out of memory", "--accumulate")
+
+
+def test_an_error_of_ours_is_not_blamed_on_the_memory(run, tmp_path):
+    with mock.patch.object(HybridGPT, "stack", side_effect=RuntimeError("shapes do not fit")):
+        with pytest.raises(RuntimeError, match="shapes do not fit"):
+            run(tmp_path)
+
+
+def test_only_who_can_be_sampled_is_said_to_be(run, trained, tmp_path):
+    assert "hear it with: python sample.py --ckpt out.pt" in (trained / "stdout").read_text()
+    ended = run(tmp_path, "--steps", 1, "--n-codebooks", 1, "--lookahead", 9)
+    assert ended.code == 0 and ended.out.endswith("the unigram figure) in out.pt\n")
 
 
 def test_a_run_can_continue_where_the_memory_is_smaller(run, tmp_path, monkeypatch):
@@ -1012,7 +1026,7 @@ def test_a_signal_does_not_save_what_has_diverged(run, tmp_path):
 def test_what_a_large_model_is_trained_with_unless_told_otherwise():
     args = SimpleNamespace(codec=None, dataset="speech", lr=None, n_codebooks=None, context=None, mel_codebooks=None,
                            overwrite=False, model="hybrid")
-    train.settle(args, ())
+    train.fill_defaults(args, ())
     assert (args.lr, args.codec, args.n_codebooks, args.context, args.mel_codebooks) == (1e-3, "mini", 1, 512, 0)
 
 

@@ -3,20 +3,20 @@ corpora.py: published corpora, from their official addresses to a folder of audi
 
     address ──download, resumed──▶ archive ──checksum──▶ unpack ──▶ corpora/LibriSpeech/dev-clean/…
 
-    >>> folder, corpus = fetch("librispeech-mini")            # downloads once, then only says where
+    >>> folder, corpus = fetch("librispeech-mini")            # downloads once, then only finds it
 
     name               what                                                                      download    licence
     librispeech        100.6 h of read English, 251 speakers; 5.4 h of 40 others validate          6.7 GB    CC BY 4.0
-    librispeech-mini   those 5.4 h alone, two of the 40, by a hash, validate                       0.3 GB    CC BY 4.0
+    librispeech-mini   those 5.4 h alone; two of the 40 speakers, by a hash, validate              0.3 GB    CC BY 4.0
     fma                66 h of music, 8,000 tracks of 30 s in eight genres                         7.7 GB    CC, various
 
-LibriSpeech (Panayotov et al., ICASSP 2015) is the paper's. FMA small (Defferrard et al., 1612.01840) is the music
-corpus because it is real recordings of many styles, published as one archive with a checksum, under licences that allow
-research; MusicNet and MAESTRO are classical music only, MAESTRO piano, and GTZAN has no licence at all.
+LibriSpeech (Panayotov et al., ICASSP 2015) is the paper's corpus. FMA small (Defferrard et al., 1612.01840) is the
+music corpus because it holds real recordings of many styles, published as one archive with a checksum, under licences
+that allow research; MusicNet and MAESTRO hold classical music only (MAESTRO only piano), and GTZAN has no licence.
 
-An archive is taken for what it is called only if its checksum is the one its publishers print. Nothing in it can write
-outside its folder. A copy that you have already can stand in: corpora/LibriSpeech may be a link to it. (What is fetched
-passes through corpora/ all the same; for a larger disk let corpora itself be a link.)
+An archive is used only if its checksum is the one its publishers print. Nothing in it can write outside its folder. A
+copy that you already have will do: corpora/LibriSpeech may be a link to it. (Downloads still pass through corpora/; to
+put them on a larger disk, let corpora itself be a link.)
 """
 import contextlib
 import errno
@@ -58,7 +58,7 @@ class Archive(NamedTuple):
 class Corpus(NamedTuple):
     archives: tuple
     val: str | None = None           # the folder that validates; None: about a tenth of the groups do
-    group: int = 2                   # then a group is: clips whose paths share so many leading parts. It is never divided
+    group: int = 2                   # then: clips whose paths share this many leading parts form a group, never divided
 
 
 SLR12 = "https://www.openslr.org/resources/12"                # checksums: md5sum.txt there
@@ -71,7 +71,7 @@ FMA_SMALL = Archive("https://os.unil.cloud.switch.ch/fma/fma_small.zip",        
 CORPORA = {
     "librispeech": Corpus((TRAIN_CLEAN_100, DEV_CLEAN), val="LibriSpeech/dev-clean"),
     "librispeech-mini": Corpus((DEV_CLEAN,), group=3),        # LibriSpeech/dev-clean/84/…: a speaker
-    "fma": Corpus((FMA_SMALL,)),     # fma_small/000/…: of a thousand uploaded in a row, so nearly all albums stay whole
+    "fma": Corpus((FMA_SMALL,)),     # fma_small/000/…: of a thousand uploads in a row, so nearly all albums stay whole
 }
 
 
@@ -79,7 +79,7 @@ CORPORA = {
 
 @contextlib.contextmanager
 def alone(folder):
-    """Wait until no other process is inside `alone(folder)`. The operating system frees it if a process dies."""
+    """Wait until no other process is inside `alone(folder)`. The operating system frees the lock if a process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         with contextlib.suppress(ImportError):                # Windows has no fcntl: there, start one at a time
@@ -98,9 +98,9 @@ def alone(folder):
 # ----------------------------------------------------------------------------- from the net
 
 def fetch(name, home=None):
-    """A corpus by name -> (folder, `Corpus`): its archives' folders lie below `folder`, and are fetched if not there.
+    """A corpus by name -> (folder, `Corpus`): `folder` holds its archives' folders, fetched if they are not there yet.
 
-    Raises DataError, in one line, if they cannot be had. What has arrived is kept, and the next call goes on from it.
+    Raises DataError, one line, if they cannot be fetched. What has arrived is kept, and the next call goes on from it.
     """
     corpus, home = CORPORA[name], Path(home or HOME)
     if not all((home / archive.folder).is_dir() for archive in corpus.archives):
@@ -117,7 +117,7 @@ def fetch(name, home=None):
 
 @contextlib.contextmanager
 def writing(folder):
-    """Turn a full disk, or one that must not be written to, into a DataError that says where."""
+    """Turn a full disk, or missing permissions, into a DataError that says where."""
     try:
         yield
     except OSError as error:
@@ -138,8 +138,8 @@ def _path(archive, home):
 def download(archive, home):
     """Fetch an `Archive` into the folder `home` -> its path, its checksum verified.
 
-    It goes on where an earlier call ended. A connection that stalls, breaks off or meets a busy server is made anew,
-    from the byte that is missing.
+    It goes on where an earlier call ended. If a connection stalls, breaks off or meets a busy server, a new one goes on
+    from the first missing byte.
     """
     path, idle, problem = _path(archive, home), 0, None
     if path.exists() and _is_right(path, archive):            # an earlier call ended while it was unpacking this
@@ -156,7 +156,7 @@ def download(archive, home):
                 problem = f"{error.code} {error.reason}"
             except (OSError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) in DISK_FULL or getattr(error, "filename", None):
-                    raise                                     # a disk is not a network
+                    raise                                     # the disk's, not the network's
                 problem = str(getattr(error, "reason", error))
             if done:
                 if _is_right(path, archive):
@@ -172,7 +172,7 @@ def download(archive, home):
 
 
 def _receive(url, path, have, bar):
-    """One connection: append to the file `path`, which holds `have` bytes, what it lacks. Is it whole now?"""
+    """One connection: append what is missing to the file `path`, which holds `have` bytes. Is it complete now?"""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         reply = urllib.request.urlopen(request, timeout=TIMEOUT)
@@ -182,8 +182,8 @@ def _receive(url, path, have, bar):
         return True                                           # nothing beyond `have`: the checksum will tell
     with reply:
         length = reply.headers.get("Content-Length")
-        if have and reply.status != 206:                      # it knows no ranges, and sends all of it
-            if length and int(length) < have:                 # shorter than what is here: a page that says no
+        if have and reply.status != 206:                      # no ranges here: the server sends everything
+            if length and int(length) < have:                 # less than we have: an error page
                 raise OSError(f"{length} bytes came instead of the rest")
             have = 0
         total = (have + int(length)) if length else None
@@ -194,7 +194,7 @@ def _receive(url, path, have, bar):
         bar.total, bar.n = total, have
         with open(path, "r+b" if have else "wb") as file:
             file.seek(have)
-            while block := reply.read1(BLOCK):          # what is there, without waiting for more
+            while block := reply.read1(BLOCK):          # what has arrived, without waiting for more
                 file.write(block)
                 have += len(block)
                 bar.update(len(block))
@@ -203,7 +203,7 @@ def _receive(url, path, have, bar):
 
 
 def _is_right(path, archive):
-    """Has the file the checksum that the archive's publishers print?"""
+    """Does the file have the checksum that the archive's publishers print?"""
     algorithm, expected = archive.checksum.split(":")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest() == expected
@@ -214,12 +214,12 @@ def _is_right(path, archive):
 def unpack(path, archive, home):
     """Unpack the folder `archive.folder` of a tar or zip file into the folder `home`: all of it, or nothing.
 
-    Raises DataError for a damaged archive and for a member that is a link, a device or leads out of the archive.
+    Raises DataError for a damaged archive and for a member that is a link or a device, or leads out of the archive.
     """
     target, wanted = home / archive.folder, PurePosixPath(archive.folder)
     # on the disk where it will stay: target.parent may be a link to another one
     staging = (target.parent if target.parent.exists() else home).resolve() / f".{path.name}.unpacking"
-    shutil.rmtree(staging, ignore_errors=True)                # of a call that was interrupted
+    shutil.rmtree(staging, ignore_errors=True)                # left by an interrupted call
     try:
         with tqdm(desc=f"unpacking {path.name}", unit=" files") as bar:
             for name, is_file, content in _members(path):
@@ -244,7 +244,7 @@ def unpack(path, archive, home):
 
 
 def _members(path):
-    """Yield (name, is it a plain file?, function that opens it) for all of an archive but its folders."""
+    """Yield (name, is it a plain file?, function that opens it) for all members but folders."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as file:
             for entry in file.infolist():

@@ -1,9 +1,10 @@
 """A miniature music corpus: about 53 minutes of small pieces, composed by this script from a seed.
 
-Six styles (waltz, song, canon, study, chorale, jig), each one composing function below, go through all
-24 major and minor keys, 60 to 160 beats per minute, and 2/4, 3/4, 4/4 and 6/8. The script writes each
-piece as a MIDI file, fluidsynth plays it, and it is stored as 24 kHz mono Ogg Opus in music/train and
-music/val. Validation pieces share no melody and no whole chord sequence with the training pieces.
+Six styles (waltz, song, canon, study, chorale, jig), each a composing function below, go through all 24
+major and minor keys, tempi of 60 to 160 beats per minute, and 2/4, 3/4, 4/4 and 6/8 time. The script
+writes each piece as a MIDI file, fluidsynth plays it, and it is stored as 24 kHz mono Ogg Opus in
+music/train and music/val. Validation pieces share no melody and no whole chord sequence with the
+training pieces.
 
     apt-get install --no-install-recommends fluidsynth fluid-soundfont-gm
     python assets/make_music.py            # about three minutes; writes assets/music/{train,val}/*.ogg
@@ -21,7 +22,7 @@ MINUTES = {"train": 42.5, "val": 9.3}  # a split is complete once it is at least
 RATE = 24000
 SOUNDFONTS = ["/usr/share/sounds/sf2/FluidR3_GM.sf2", "/usr/share/sounds/sf3/FluidR3_GM.sf3"]
 
-# Time is counted in quarter notes. Metre: (length of a bar, distance of strong beats, length of a beat)
+# Time is counted in quarter notes. Metre: (length of a bar, distance between strong beats, length of a beat)
 METRES = {"2/4": (2, 2, 1), "3/4": (3, 3, 1), "4/4": (4, 2, 1), "6/8": (3, 1.5, 1.5)}
 RHYTHMS = {  # one bar of melody
     "2/4": [(1, 1), (.5, .5, 1), (1, .5, .5), (.5, .5, .5, .5), (1.5, .5), (.5, .25, .25, 1)],
@@ -59,7 +60,7 @@ class Piece:
         self.bar, self.strong, self.beat = METRES[metre]
         self.quarter = 60 / rng.uniform(*tempo) / self.beat  # seconds
         self.notes, self.programs = [], []
-        self.lines, self.chords = set(), []  # melodies, from their first note on, and all chords: what `main` compares
+        self.lines, self.chords = set(), []  # melodies relative to their first note; all chords: `main` compares both
         self.phrases = min(8, max(2, int(rng.uniform(27, 37) / (4 * self.bar * self.quarter))))
 
     def instrument(self, choices):
@@ -73,7 +74,7 @@ class Piece:
         return self.tonic + 12 * octave + (MINOR if self.minor else MAJOR)[step] + raised
 
     def bass(self, chord, third=False):
-        """Bass note of a chord: its root, but the diminished triads are played in first inversion."""
+        """Bass note of a chord: its root, but diminished triads are in first inversion."""
         inverted = third or chord == 6 or (self.minor and chord == 1)
         return 38 + (self.pitch(chord + 2 * inverted, chord) - 38) % 12
 
@@ -97,13 +98,13 @@ def progression(rng, length, closed, start=0):
 
 
 def triad(chord, centre):
-    """The inversion of a triad, in close position, that lies nearest a centre: voices hardly move."""
+    """The inversion of a triad, in close position, that is nearest to a centre, so that voices hardly move."""
     spots = [chord + tone + 7 * octave for octave in range(-4, 3) for tone in (0, 2, 4)]
     return min(zip(spots, spots[1:], spots[2:]), key=lambda three: abs(three[1] - centre))
 
 
 def motif(p):
-    """One bar of rhythm and contour: [(length, move in scale steps), ...], mostly steps one way."""
+    """One bar of rhythm and contour: [(length, move in scale steps), ...], mostly steps in one direction."""
     way, moves = p.rng.choice((-1, 1)), []
     for length in p.rng.choice(RHYTHMS[p.metre]):
         way = -way if p.rng.random() < .25 else way
@@ -162,7 +163,7 @@ def ornament(p, line):
 
 
 def theme(p, low=-1, high=9):
-    """Four-bar phrases (first bar's time, label, chords, melody), in a form such as a b c d a b."""
+    """Yield four-bar phrases (first bar's time, label, chords, melody), in a form such as a b c d a b."""
     made, motifs = {}, {}
     for number, label in enumerate(FORMS[p.phrases]):
         if label in made:
@@ -189,7 +190,7 @@ def final(p, channel, at, velocity):
 
 
 def waltz(p):
-    """Melody over a bass note on one and chords on two and three."""
+    """Melody over a bass note on beat one and chords on beats two and three."""
     top, chordal, low = p.instrument(LEADS), p.instrument(CHORDS), p.instrument(BASSES)
     for at, _, chords, line in theme(p):
         lead(p, top, at, line, 92)
@@ -342,7 +343,7 @@ STYLES = {waltz: (["3/4"], (96, 160)), song: (["4/4"], (84, 144)), canon: (["2/4
 
 
 def compose(name, style, tonic, minor):
-    """One piece; its own name seeds its own random numbers."""
+    """One piece; its name seeds its random numbers."""
     rng = random.Random(name)
     metres, tempo = STYLES[style]
     p = Piece(rng, tonic, minor, rng.choice(metres), tempo)
@@ -368,8 +369,8 @@ def midi_bytes(p, ticks=480):
             out.insert(0, number & 127 | 128)
         return bytes(out)
 
-    # Of one instant, sorting puts notes (0x80, 0x90) before programs (0xC0): what is struck at beat 0 is a piano's
-    # note. What ships was made so, and stays so: the codec and the models have been trained on it.
+    # Within one instant, sorting puts notes (0x80, 0x90) before programs (0xC0), so notes at beat 0 are a piano's.
+    # The music that ships was made so, and stays so: the codec and the models were trained on it.
     track, now = b"", 0
     for time, event in sorted((round(max(0, beat) * ticks), event) for beat, event in events):
         track += variable_length(time - now) + event
@@ -379,7 +380,7 @@ def midi_bytes(p, ticks=480):
 
 
 def render(p, soundfont, folder):
-    """Play the piece with fluidsynth: 24 kHz mono samples, trimmed, faded out, at a level of its own."""
+    """Play the piece with fluidsynth: 24 kHz mono samples, trimmed, faded out, at a random level."""
     (folder / "piece.mid").write_bytes(midi_bytes(p))
     subprocess.run(["fluidsynth", "-ni", "-q", "-g", "0.5", "-r", "48000", "-O", "float", "-F",
                     folder / "piece.wav", soundfont, folder / "piece.mid"],
@@ -407,7 +408,7 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     stages = [*MINUTES.items(), *([("train", args.more)] if args.more else [])]
     number, taken, train_programs = 0, {"train": set(), "val": set()}, set()
-    # everything is rendered next to its place and moved there at the end: no half-made corpus
+    # everything is rendered beside its destination and moved there at the end: no half-made corpus
     with tempfile.TemporaryDirectory(prefix=".music-", dir=args.out.resolve().parent) as folder:
         work = Path(folder)
         for split, minutes in stages:
@@ -418,7 +419,7 @@ def main():
                     keys = list(itertools.product(range(55, 67), (False, True)))
                     random.Random(f"{args.seed} {split} {pieces}").shuffle(keys)
                 style = list(STYLES)[pieces % len(STYLES)]
-                # again, if a phrase was heard in the other split, or validation would bring an instrument of its own
+                # again if a phrase occurs in the other split, or validation would have an instrument of its own
                 for attempt in itertools.count():
                     p = compose(f"{args.seed} {split} {number} {attempt}", style, *keys[pieces % 24])
                     marks = p.lines | {("chords", *p.chords)}

@@ -5,10 +5,10 @@ A miniature speech corpus: sentences from a small grammar, read aloud by free te
     python assets/make_speech.py              # writes assets/speech/{train,val}/<voice>-<number>.ogg
     python assets/make_speech.py --more 561 --out corpora/large/speech        # 561 clips more to train on
 
-Every clip is one voice speaking a short passage on one topic. No sentence occurs twice anywhere. The last
-two words of every list (but "bucket", which is in two) and the last template of every topic are kept for
-validation, so val is not only a reshuffle of train. The same seed gives the same audio (only the stream
-number in the Ogg header may differ).
+Every clip is one voice speaking a short passage on one topic. No sentence occurs twice anywhere. The
+last two words of every list (but "bucket", which is in two lists) and the last template of every topic
+are reserved for validation, so val is not only a reshuffle of train. The same seed gives the same audio
+(only the stream number in the Ogg header may differ).
 
 Licences, as stated in /usr/share/doc/<package>/copyright:
     flite (engine; voices rms, awb, kal16, slt)   CMU, BSD-like: use, copy, modify, distribute, sell freely
@@ -48,7 +48,7 @@ VOICES = {
 PACKAGES = {"flite": "flite", "festival": "festival festvox-us-slt-hts festvox-kdlpc16k",
             "espeak-ng": "espeak-ng"}
 
-# ---- what is said: word lists and, per topic, templates parted by bars -------------------------------------
+# ---- what is said: word lists and, per topic, templates separated by bars ----------------------------------
 
 WORDS = {key: words.split(", ") for key, words in {
     "she": "Martha, Olivia, Joan, Beth, Grace, Ruth, Alice, Zoe, Priya, Helen, Maya, Judith, Rosa, Faye, "
@@ -250,7 +250,7 @@ def fill(template, split, rng):
 
 
 def seconds(text):
-    """About how long a sentence takes at the usual rate, the pause after it included."""
+    """About how long a sentence takes at the usual rate, including the pause after it."""
     return 0.20 + 0.056 * len(text)
 
 
@@ -323,7 +323,7 @@ def render(clip, folder):
     name, voice, tempo, pitch, level, pauses, passage = clip
     parts = []
     with tempfile.TemporaryDirectory() as scratch:
-        # playing faster by `pitch` also shortens, so the engine is asked for the rest of the tempo only
+        # playing faster by `pitch` also shortens, so the engine need only supply the rest of the tempo
         for (x, rate), pause in zip(speak(voice, tempo / pitch, passage, scratch), pauses):
             parts.append(soxr.resample(trim(x, rate), rate * pitch, RATE))
             parts.append(np.zeros(int(pause * RATE), np.float32))
@@ -358,7 +358,7 @@ def main():
              for split, n_clips in (("val", CLIPS["val"]), ("train", CLIPS["train"] + args.more))}
     out = os.path.abspath(args.out)
     os.makedirs(os.path.dirname(out), exist_ok=True)
-    # everything is rendered next to its place and moved there at the end: no half-made corpus
+    # everything is rendered beside its destination and moved there at the end: no half-made corpus
     with tempfile.TemporaryDirectory(prefix=".speech-", dir=os.path.dirname(out)) as temp:
         for split, clips in plans.items():
             folder = os.path.join(temp, "speech", split)

@@ -1,19 +1,19 @@
 """
-measure_codec.py: how well a codec does, as the table in assets/README.md.
+measure_codec.py: how good a codec is, in tables like those of assets/README.md.
 
     pip install pystoi pesq && apt install opus-tools        # needed here and nowhere else in the project
     python assets/measure_codec.py --data assets/speech assets/music FOLDER --music assets/music
 
 Clips the codec was not trained on (train_codec.py's rule, `data.split_clips`) go through 1, 2, 4 and 8 codebooks and,
-beside them, through Opus at 6 kbit/s, the rate of 8 codebooks. For every clip:
+for comparison, Opus at 6 kbit/s, the rate of 8 codebooks. For every clip:
 
     mel distance   mean |difference| of log-mels (mel.py's, but the usual Hann window), in nats; lower is better
     SI-SDR         scale-invariant signal-to-distortion ratio in dB (Le Roux et al., 1811.02508): the waveform itself
     STOI           short-time objective intelligibility, 0 to 1 (Taal et al. 2011), speech only
     PESQ           wide-band at 16 kHz, 1.0 to 4.6 (ITU-T P.862.2), speech only
 
-and over all clips of a folder each codebook's perplexity: exp(entropy) of its codes, 1024 if all are used alike.
-The last line is the cost: encoding and decoding one minute, one frame of streaming decoding, memory.
+and over all clips of a folder each codebook's perplexity: exp(entropy) of its codes, 1024 if all are equally frequent.
+The last line is the cost: time to encode and decode one minute and to decode one frame in a stream, memory.
 """
 import argparse
 import json
@@ -113,9 +113,9 @@ def main():
     parser = argparse.ArgumentParser(description="Measure a codec on held-out clips.")
     parser.add_argument("--codec", default="mini", help="mini, encodec, or a file of train_codec.py")
     parser.add_argument("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
-    parser.add_argument("--music", nargs="*", default=["assets/music"], help="those of them that are not speech")
-    parser.add_argument("--clips", type=int, default=40, help="at most so many of each folder, evenly spread")
-    parser.add_argument("--seconds", type=float, default=10, help="at most so much of each clip")
+    parser.add_argument("--music", nargs="*", default=["assets/music"], help="those of --data that are not speech")
+    parser.add_argument("--clips", type=int, default=40, help="at most this many of each folder, evenly spread")
+    parser.add_argument("--seconds", type=float, default=10, help="at most this much of each clip")
     args = parser.parse_args()
     if args.clips < 1 or not args.seconds * SAMPLE_RATE >= HOP:
         parser.error("--clips must be at least 1, --seconds at least one frame")

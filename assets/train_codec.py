@@ -6,23 +6,23 @@ train_codec.py: trains `mini`, the codec that ships with the project.
     python assets/train_codec.py --resume                                # after an interruption
     (to ship it: move out-codec.pt to assets/mini.pt, and the printed SHA-256 into tokens.py, MINI_SHA256)
 
-An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Trained all at
-once, from random weights, it ends up using one codebook, and that says little; so one thing after the other:
+An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Trained all at once, from
+random weights, it ends up using one codebook, which says little. So it is trained in four phases:
 
   1. the encoder alone learns to write the spectral envelope, see `Envelope`, into an eighth of its latents. The others
-     pass the waveform on, see `initialise`, but for the last four, see `count_latents`;
-  2. both halves learn to give the sound back from unquantised latents, a fifth of the clips from the envelope alone,
-     with as much noise on it as one codebook will make;
-  3. each codebook is fitted by k-means to what the codebooks before it left over: the first to the envelope and
-     nothing else, see `described`, so that all its bits go into what words are made of; the others to all that is left.
-     The decoder learns to hear 1, 2, 4 or 8 codebooks, another number for every clip of the batch: any will decode;
+     pass the waveform on, see `initialise`, except the last four, see `count_latents`;
+  2. both halves learn to reproduce the sound from unquantised latents, a fifth of the clips from the envelope alone,
+     with as much noise on it as one codebook will cause;
+  3. each codebook is fitted by k-means to what the codebooks before it left over: the first to the envelope alone, see
+     `described`, so that all its bits describe what words are made of; the others to all that is left. The decoder
+     learns to decode 1, 2, 4 or 8 codebooks, a number drawn for every clip of the batch, so that any number will do;
   4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser.
 
 The losses follow EnCodec's (arXiv 2210.13438, section 3.4), and one is for intelligibility, see `words_loss`; a
-balancer gives each its share of the gradient. With --adversarial P EnCodec's multi-scale STFT discriminator listens
-too, once the fraction P of the steps is done. Without it the first command takes two to three hours on two CPU cores,
-the second, which made the codec that ships, four minutes on an H100. Clips that train.py would validate on
-(`data.split_clips`) are held out, and measured every thousand steps.
+balancer gives each its share of the gradient. With --adversarial P, EnCodec's multi-scale STFT discriminator joins once
+the fraction P of the steps is done. Without it the first command takes two to three hours on two CPU cores, the second,
+which made the codec that ships, four minutes on an H100. Clips that train.py would validate on (`data.split_clips`) are
+held out, for measuring every thousand steps.
 """
 import argparse
 import copy
@@ -49,17 +49,17 @@ from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock,
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
 WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,       # shares of the gradient,
            "decoder": 1.0, "envelope": 1.0, "unchanged": 1.0, "commitment": 0.3}              # see `balance`
-OFTEN = {1: 0.2, 2: 0.3, 4: 0.2, 8: 0.3}                      # number of codebooks a clip is decoded from: how likely
-PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # of each: the fraction of the steps at which it ends, and
+OFTEN = {1: 0.2, 2: 0.3, 4: 0.2, 8: 0.3}                      # number of codebooks a clip is decoded from: probability
+PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # each: the fraction of the steps at which it ends, and
           (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # the learning rates of encoder and decoder
 SHAPE = dict(n_filters=16, dimension=132, lstm=2)             # of the networks
-# their 132 latents a frame: for the waveform, for its spectral envelope, and to say how many codebooks are heard
+# the 132 latents of a frame: for the waveform, for its spectral envelope, and for the number of codebooks decoded
 WAVEFORM, ENVELOPE, COUNT = slice(0, 112), slice(112, 128), slice(128, 132)
-WHITEN = 0.6                                                  # how much of the last frame `Envelope` takes off
+WHITEN = 0.6                                                  # how much of the previous frame `Envelope` subtracts
 NOISE = 0.09                                                  # standard deviation, about what one codebook leaves over
 SAVE_EVERY = 120                                              # seconds
-SMALL = 0.1                                                   # gain of the waveform in the encoder, at the start
-LOUD = 5.0                                                    # and of the channels beside it, where ELU bends
+SMALL = 0.1                                                   # initial gain of the waveform in the encoder
+LOUD = 5.0                                                    # and of the channels beside it, up to where ELU bends
 
 
 # ----------------------------------------------------------------------------- data
@@ -81,10 +81,10 @@ def load(folders):
 
 
 def batch(train, rng, batch_size, n_samples):
-    """Random crops, an equal share of every folder, varied as below -> (B, n_samples) float32 in [-1, 1].
+    """Random crops, an equal share of every folder, augmented -> (B, n_samples) float32 in [-1, 1].
 
-    Half of them are played at 0.8 to 1.25 times the speed, which moves pitch and formants too; one in five is put into
-    a room: to it is added its convolution with noise that dies away by 60 dB in 0.1 to 0.6 s. Level and polarity are
+    Half of them are played at 0.8 to 1.25 times the speed, which also moves pitch and formants; one in five is put into
+    a room: its convolution with noise that decays by 60 dB in 0.1 to 0.6 s is added to it. Level and polarity are
     random."""
     rows = []
     for _ in range(batch_size):
@@ -108,8 +108,8 @@ def batch(train, rng, batch_size, n_samples):
 
 
 def inputs(train, args, step):
-    """What a step trains on, which depends on its number alone, so that a run can be resumed: audio (B, N), the numbers
-    of codebooks (B,) it is decoded from, and whether it is the discriminator's turn."""
+    """The inputs of a step, which depend on its number alone, so that a run can be resumed: audio (B, N), how many
+    codebooks (B,) to decode it from, and whether it is the discriminator's turn."""
     rng = np.random.default_rng((args.seed, step))
     wave = batch(train, rng, args.batch_size, args.frames * HOP)
     counts = rng.choice(list(OFTEN), len(wave), p=list(OFTEN.values()))
@@ -118,13 +118,13 @@ def inputs(train, args, step):
 
 @torch.no_grad()
 def initialise(model, wave):
-    """Let the untrained model pass its input: wave (B, N) comes out as recognisably itself, not delayed.
+    """Make the untrained model pass its input through: wave (B, N) comes out recognisable and not delayed.
 
-    A few channels of every layer become a linear transform codec: a convolution of stride r takes the principal
-    components of the patches of r frames that reach it, its mirror in the decoder their transpose, residual blocks
-    start near the identity, and the signal is kept small, where ELU is almost linear. All other channels start at
-    random and loud, where it bends. From random weights alone the same network spends its first thousands of steps
-    where the average spectrum is all it knows; from here it never visits that place."""
+    Some channels of every layer become a linear transform codec: a convolution of stride r computes the principal
+    components of the patches of r frames that reach it, its mirror in the decoder applies their transpose, residual
+    blocks start near the identity, and the signal is kept small, where ELU is almost linear. All other channels start
+    random and loud, where ELU bends. From random weights alone the same network spends its first thousands of steps
+    knowing only the average spectrum; started like this, it never gets stuck there."""
     x, linear, mirror = wave[:, None], 1, []                  # linear: how many channels of x hold the transform
     for layer in model.encoder.model:
         if isinstance(layer, SConv1d):
@@ -157,14 +157,14 @@ def initialise(model, wave):
 
 
 def plant(conv, weight, basis, taps):
-    """The first channels out become `basis` (out, in, taps) of the first channels in: weight (out, in, kernel)."""
+    """The first output channels become `basis` (out, in, taps) of the first input ones: weight (out, in, kernel)."""
     weight[:len(basis)] = 0
     weight[:len(basis), :basis.shape[1], taps] = basis
     conv.bias.zero_()
 
 
 def start_as_identity(layer, linear):
-    """The first `linear` channels pass a residual block, and an LSTM with a skip around it, nearly unchanged."""
+    """Let a residual block, or an LSTM with a skip around it, pass the first `linear` channels nearly unchanged."""
     if isinstance(layer, SEANetResnetBlock):
         shortcut, branch = layer.shortcut.conv.conv, layer.block[-1].conv.conv
         shortcut.weight[:linear] = torch.eye(len(shortcut.weight))[:linear, :, None]
@@ -183,25 +183,25 @@ def nearest(x, codebook):
 
 
 def described(rest, k, first):
-    """The part of rest (rows, C) that codebook k is fitted to: codebook 1 to the latents `first` only, the envelope.
+    """The part of rest (rows, C) that codebook k is fitted to: for codebook 1 only the latents `first`, the envelope.
 
-    Its vectors then differ in nothing else, and nothing else decides which is nearest: the waveform, loud and hard to
-    predict, would use up its ten bits."""
+    Its vectors then differ in nothing else, so nothing else decides which is nearest. Otherwise the waveform, loud and
+    hard to predict, would use up its ten bits."""
     return F.pad(rest[:, first], (first.start, rest.shape[1] - first.stop)) if k == 0 else rest
 
 
 def count_latents(counts):
-    """Numbers of codebooks (B,) -> the last latents of a decoder that hears so many, (B, 4).
+    """Numbers of codebooks (B,) -> the last latents, (B, 4), of the decoder's input for that many.
 
-    The decoder should treat a rough waveform unlike a fine one. So every vector of codebook 1 holds 1/4 in the first of
-    these latents, those of 2, 3 and 5 hold it in one of the others: the sum that the decoder is given tells how many
-    were added. Within a codebook all agree there, so it changes no choice."""
+    The decoder should treat a rough waveform differently from a fine one. So every vector of codebook 1 holds 1/4 in
+    the first of these latents, and those of 2, 3 and 5 hold it in one of the others: the sum, the decoder's input,
+    tells how many were added. Within a codebook all vectors agree there, so this changes no choice."""
     return torch.stack([counts > n for n in (0, 1, 2, 4)], dim=1) / 4
 
 
 @torch.no_grad()
 def fit_codebooks(quantizer, latents, first, rounds=20):
-    """K-means, one codebook after the other, each on what the former left over: latents (rows, C); first: as in
+    """K-means, one codebook after the other, each on what those before it left over: latents (rows, C); first: as in
     `described`."""
     residual = latents
     for k, layer in enumerate(quantizer.vq.layers):
@@ -212,7 +212,7 @@ def fit_codebooks(quantizer, latents, first, rounds=20):
             count = torch.bincount(index, minlength=CODEBOOK_SIZE)[:, None]
             total = torch.zeros_like(book.embed).index_add_(0, index, target)
             book.embed.copy_(torch.where(count > 0, total / count.clamp(min=1), book.embed))
-        book.cluster_size.copy_(count[:, 0] * CODEBOOK_SIZE / len(residual))     # 1 if all are used alike
+        book.cluster_size.copy_(count[:, 0] * CODEBOOK_SIZE / len(residual))     # 1 if used equally often
         book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
         residual = residual - book.embed[nearest(residual, book.embed)]
         book.embed[:, COUNT] = count_latents(torch.tensor([k + 1])) - count_latents(torch.tensor([k]))
@@ -224,12 +224,13 @@ def fit_codebooks(quantizer, latents, first, rounds=20):
 def follow(book, index, x, decay=0.99):
     """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,).
 
-    cluster_size counts how often a code is used, 1 on average, and embed_avg sums up what for."""
-    # one-hot products and torch.where, no bincount or list of dead codes: for those a CPU would wait for the GPU
+    Running averages: cluster_size says how often a code is used, 1 on average, and embed_avg is the sum of what it was
+    used for."""
+    # one-hot products and torch.where, not bincount or a list of dead codes, for which the CPU would await the GPU
     assigned = F.one_hot(index, CODEBOOK_SIZE).type_as(x) * (CODEBOOK_SIZE / len(x))      # (n, 1024)
     book.cluster_size.lerp_(assigned.sum(0), 1 - decay)
     book.embed_avg.lerp_(assigned.T @ x, 1 - decay)
-    dead = book.cluster_size < 0.03                           # thirty times rarer than the average: start anew
+    dead = book.cluster_size < 0.03                           # thirty times rarer than the average: restart
     book.cluster_size.masked_fill_(dead, 0.3)
     others = 0.3 * x[torch.randint(len(x), (CODEBOOK_SIZE,), device=x.device)]
     book.embed_avg.copy_(torch.where(dead[:, None], others, book.embed_avg))      # the last latents: `count_latents`
@@ -238,9 +239,9 @@ def follow(book, index, x, decay=0.99):
 
 @torch.no_grad()
 def quantize(quantizer, latents, counts, adapt):
-    """Latents (B, C, T), clip i through its first counts[i] codebooks -> (B, C, T), and what codebook 1 says alone.
+    """Latents (B, C, T) -> what the first counts[i] codebooks make of clip i, and codebook 1 alone, (B, C, T) each.
 
-    adapt: let the codebooks follow."""
+    adapt: let the codebooks `follow`."""
     rest, vectors = latents.mT.contiguous(), []               # (B, T, C)
     for k, layer in enumerate(quantizer.vq.layers):
         index = nearest(rest.flatten(0, 1), layer._codebook.embed)
@@ -255,19 +256,19 @@ def quantize(quantizer, latents, counts, adapt):
 # ----------------------------------------------------------------------------- losses
 
 def log_bands(wave, n_fft, n_mels, hop, floor=3e-5, window=None):
-    """log(mel power + floor), wave (B, N) -> (B, N // hop, n_mels). The floor is some 65 dB below a voice: the slope of
-    the logarithm is largest where there is least to hear."""
+    """log(mel power + floor), wave (B, N) -> (B, N // hop, n_mels). The floor, some 65 dB below a voice, limits the
+    logarithm's slope, which is largest where there is least to hear."""
     return (mel_power(frame(wave, n_fft, hop), n_mels, window) + floor).log()
 
 
 class Envelope:
-    """wave (B, N) -> targets for 16 latents, (B, 16, T): the spectral envelope, part of what is predictable taken off.
+    """wave (B, N) -> targets for 16 latents, (B, 16, T): the spectral envelope, less a predictable part.
 
-    The 16 strongest principal components of log-mel frames (one per code; the window ends where its samples do), less
-    `whiten` times those of the frame before. A code is chosen without regard to its neighbours, so whatever repeats
-    from frame to frame is paid for in each; with all of it taken off, the decoder, which adds the frames up again,
-    would add up their errors too. The best lies in between, as in half-whitening (Costas, Coding with linear systems,
-    1952). Fitted to some audio (B, N), where the variances of the targets sum to 1."""
+    The 16 strongest principal components of log-mel frames (one per code; the window ends where the code's samples do),
+    less `whiten` times those of the frame before. A code is chosen without regard to its neighbours, so whatever
+    repeats from frame to frame costs bits in each; but with all of it subtracted, the decoder, which adds the frames up
+    again, would also add up their errors. The best lies in between, as in half-whitening (Costas, Coding with linear
+    systems, 1952). Fitted to some audio (B, N), on which the variances of the targets sum to 1."""
 
     def __init__(self, wave, window=HANN, whiten=WHITEN):
         self.window, self.whiten, self.scale = window, whiten, 1.0
@@ -298,15 +299,16 @@ def mel_loss(out, wave):
 def wave_loss(out, wave, fine):
     """L1 relative to each clip's level, out and wave (B, N); clips where fine (B,) is False count as zero.
 
-    A coarse code does not know the phase; what comes nearest to a waveform of unknown phase is silence."""
+    A coarse code does not know the phase, and the best guess at a waveform of unknown phase is silence."""
     return ((out - wave).abs().mean(1) / (wave.abs().mean(1) + 1e-2) * fine).mean()
 
 
 def words_loss(out, wave, coarse):
     """1 - correlation between band envelopes over 0.4 s, out and wave (B, N), of the clips where coarse (B,) is True.
 
-    That is what STOI measures (Taal et al., 2011), here in the lower 13 of 20 mel bands, to 3.7 kHz (there 4.3): above,
-    where there is little to correlate, the surest way to be like the original is a whistle. Words are made of it."""
+    This is what STOI measures (Taal et al., 2011), here in the lower 13 of 20 mel bands, to 3.7 kHz (STOI: 4.3): above,
+    where there is little to correlate, the surest way to be like the original is a whistle. Words are made of these
+    envelopes."""
     bands = (mel_power(frame(w, 512, 256), 20)[..., :13] for w in (wave, out))
     x, y = (b.add(1e-7).sqrt().unfold(1, 36, 3) for b in bands)                       # (B, segments, 13, 36)
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
@@ -320,14 +322,14 @@ bfloat16 = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_availabl
 
 @bfloat16
 def discriminator_loss(discriminator, out, wave):
-    """Hinge loss: above 1 for what is real, below -1 for what is decoded, at every scale."""
+    """Hinge loss: aims above 1 for real clips, below -1 for decoded ones, at every scale."""
     real, fake = discriminator(wave[:, None])[0], discriminator(out[:, None])[0]
     return sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake)) / len(real)
 
 
 @bfloat16
 def adversarial_losses(discriminator, out, wave):
-    """What the discriminator says of the decoded clips, and how far its features are from the original's."""
+    """The discriminator's verdict on the decoded clips, and how far its features are from the originals'."""
     with torch.no_grad():
         real_features = discriminator(wave[:, None])[1]
     logits, features = discriminator(out[:, None])
@@ -338,7 +340,7 @@ def adversarial_losses(discriminator, out, wave):
 
 
 def balance(gradients, norms):
-    """Gradients (B, ...) by name, at one tensor -> their sum, in which each has the share WEIGHTS gives it.
+    """Gradients (B, ...) by name, at one tensor -> their sum, in which each has the share that WEIGHTS gives it.
 
     EnCodec's balancer: each is divided by a moving average of its norm, kept in `norms`; the shares sum to 1."""
     total = 0.0
@@ -370,16 +372,16 @@ def measure(model, wave):
 def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=None):
     """One batch through the model: leaves gradients on its parameters.
 
-    The graph is cut at the latents and at the output; at each cut every loss's gradient is taken alone and weighed by
-    `balance`, and the sum goes on from there.
-    frozen: the encoder as phase 3 found it; wave (B, N); counts (B,) codebooks that each clip is decoded from;
+    The graph is cut at the latents and at the output; at each cut every loss's gradient is taken alone and weighted by
+    `balance`, and their sum is propagated further.
+    frozen: the encoder as phase 3 found it; wave (B, N); counts (B,): how many codebooks each clip is decoded from;
     discriminator: None until it joins. Returns the losses by name and, from phase 2 on, the decoded wave (B, N).
 
-    phase   losses at the latents    the decoder hears                           and its gradient reaches the latents
+    phase   losses at the latents    the decoder is given                        and its gradient reaches the latents
       1     envelope                 (it does not run)
-      2     envelope                 latents; if counts is 1, a noisy envelope   all it heard
-      3                              codes                                       none: the encoder stands still
-      4     unchanged, commitment    codes, of codebooks that follow             the envelope only, straight through
+      2     envelope                 latents; if counts is 1, a noisy envelope   all it was given
+      3                              codes                                       none: the encoder is frozen
+      4     unchanged, commitment    codes, of codebooks that `follow`           the envelope only, straight through
     """
     encoder_learns = phase != 3
     with torch.set_grad_enabled(encoder_learns):
@@ -401,7 +403,7 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
             target = frozen(wave[:, None])
         losses["unchanged"] = (leaf - target)[:, WAVEFORM].square().mean()
         losses["commitment"] = (spectral - first[:, ENVELOPE]).square().mean()                # be near a code
-        # straight-through: adds zero, but hands the decoder's gradient at the code on to the encoder's latents
+        # straight-through: adds zero, but passes the decoder's gradient at the code on to the encoder's latents
         heard = heard + among_zeros(spectral - spectral.detach())
     at_latents = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
     if phase > 1:
@@ -433,23 +435,23 @@ def main():
     parser = argparse.ArgumentParser(description="Train the mini codec.", usage="%(prog)s [options]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
-    parser.add_argument("--steps", type=int, default=16_000, help="of training")
-    parser.add_argument("--adversarial", type=float, default=1.0, help="part of the steps after which the "
-                        "discriminator joins, 1: never. It costs many times the codec's own arithmetic: for a GPU")
+    parser.add_argument("--steps", type=int, default=16_000, help="training steps")
+    parser.add_argument("--adversarial", type=float, default=1.0, help="fraction of the steps after which "
+                        "the discriminator joins (1: never); it costs many times the codec's arithmetic: for a GPU")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=48, help="length of a training crop, 1/75 s each")
+    parser.add_argument("--frames", type=int, default=48, help="length of a training crop, in 1/75 s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out-codec.pt")
     parser.add_argument("--resume", action="store_true", help="go on from OUT.last, written every two minutes, with "
-                        "the options that the run was begun with")
+                        "the options that the run was started with")
     args = parser.parse_args()
     last = Path(f"{args.out}.last")
     if min(args.steps, args.batch_size) < 1 or args.frames < 29:              # 29: one segment of `words_loss`
         parser.error("--steps and --batch-size must be at least 1, --frames 29")
     if Path(args.out).is_dir() or not last.parent.is_dir():
         parser.error(f"--out {args.out}: not a file in an existing folder")
-    choose_device(args.device)                                # or one line says that it cannot be used
+    choose_device(args.device)                                # exits in one line if it cannot be used
     if last.exists() and not args.resume:
         sys.exit(f"error: {last} exists: continue it with --resume, delete it, or choose another --out")
     try:
@@ -464,18 +466,18 @@ def main():
 
     torch.manual_seed(args.seed)
     torch.backends.cudnn.allow_tf32 = True                    # which tokens.py switches off
-    torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
+    torch.set_flush_denormal(True)                            # silence makes denormals, slow on a CPU
     model = build_mini(**SHAPE)
     some = batch(train, np.random.default_rng(args.seed), 64, SAMPLE_RATE)
     initialise(model, some)
     envelope = Envelope(some.to(args.device))
     model.to(args.device)
-    average = copy.deepcopy(model).eval()                     # the weights' moving average is measured, and exported;
+    average = copy.deepcopy(model).eval()                     # the weights' moving average, to measure and export;
     average.quantizer = model.quantizer                       # the codebooks are averages already
     optimizer = torch.optim.AdamW([{"params": half.parameters()} for half in (model.encoder, model.decoder)],
                                   betas=(0.8, 0.99), weight_decay=0.0, fused=True)
     frozen, discriminator = copy.deepcopy(model.encoder), None
-    modules = {"model": model, "average": average, "frozen": frozen, "optimizer": optimizer}        # what has a state
+    modules = {"model": model, "average": average, "frozen": frozen, "optimizer": optimizer}        # all with a state
     if args.adversarial < 1:
         from encodec.msstftd import MultiScaleSTFTDiscriminator
         if not hasattr(sys.modules["torchaudio"], "transforms"):
@@ -490,11 +492,11 @@ def main():
     if args.resume:
         for name, module in modules.items():
             module.load_state_dict(state[name])
-        vars(envelope).update(state["envelope"])              # another device might turn its axes the other way
+        vars(envelope).update(state["envelope"])              # another device might flip the sign of its axes
         step, phase, began, norms = state["at"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
 
-    on_gpu = args.device.startswith("cuda")                   # one process could not make batches as fast as a GPU
+    on_gpu = args.device.startswith("cuda")                   # one process could not make batches fast enough
     batches = torch.utils.data.DataLoader(range(step, args.steps), collate_fn=functools.partial(inputs, train, args),
                                           batch_size=None, pin_memory=on_gpu, num_workers=8 * on_gpu)
     next_save = time.time() + SAVE_EVERY
@@ -507,7 +509,7 @@ def main():
         torch.manual_seed(args.seed + step)
         if step / args.steps >= PHASES[phase - 1][0]:
             phase, began = phase + 1, step
-            if phase == 3:                                    # from the averages on; the encoder stands still there
+            if phase == 3:                                    # start from the averages; the encoder is frozen
                 model.load_state_dict(average.state_dict())
                 frozen.load_state_dict(average.encoder.state_dict())
                 some = batch(train, np.random.default_rng(args.seed), min(256, 32 * args.batch_size), 4 * SAMPLE_RATE)
@@ -520,7 +522,7 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         listener = discriminator if phase > 1 and step / args.steps > args.adversarial else None
         losses, out = backward(model, frozen, wave, counts, phase, envelope, norms, listener)
-        if listener and in_turn:                              # its turns are fewer: it learns faster than the codec
+        if listener and in_turn:                              # not every step: it learns faster than the codec
             discriminator_loss(discriminator, out, wave).backward()
         end, *rates = PHASES[phase - 1]                       # every phase warms up and cools down
         through = (step - began) / max(1, end * args.steps - began)

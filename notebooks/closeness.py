@@ -4,18 +4,17 @@ closeness.py: is what a model generates distributed like real audio?
     python notebooks/closeness.py speech assets/nano-speech.pt assets/nano-gpt-speech.pt --out mine.json
     python notebooks/closeness.py music assets/nano-music.pt assets/nano-gpt-music.pt --out mine.json
 
-Each checkpoint generates clips from nothing; each 1/75 s of them becomes a vector of 160 numbers: a log-mel frame and
-how much it changes within the next 1/15 s. Two sets of clips are compared by the Fréchet distance (squared, as in FID),
+Each checkpoint generates clips without a prompt; each frame becomes a vector of 160 numbers: a log-mel frame and how
+much it changes within the next 1/15 s. Two sets of clips are compared by the Fréchet distance (squared, as in FID),
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))      m mean, C covariance, in nats squared
 
-of two Gaussians with the mean and covariance of their vectors (Dowson and Landau, 1982); no network judges. The
-distance hears timbre, loudness, pauses and how fast things change, not words or melodies. Every set is compared with
-the validation clips (their first --seconds) and with what the codec makes of these: a model of its codes never knows
-more of a recording. For scale, so are the training clips and their decoded copy; nothing should be expected to come
-closer. Generated sets are measured a second time with only their coarse codes decoded, and drawn again with other
-seeds, to show how far chance moves a figure. Prints a table and writes a file, unless told otherwise
-results/closeness-DATASET.json.
+between two Gaussians with the means and covariances of their vectors (Dowson and Landau, 1982); no network judges. The
+distance depends on timbre, loudness, pauses and pace, not on words or melodies. Every set is compared with the
+validation clips (their first --seconds) and with the codec's copy of these, as a model of its codes knows no more of a
+recording. For scale, so are the training clips and their decoded copy; no model should be expected to come closer.
+Generated sets are also measured with only their coarse codes decoded, and drawn again with other seeds, to show how far
+chance moves a figure. Prints a table and writes a file, by default results/closeness-DATASET.json.
 """
 import argparse
 import sys
@@ -48,7 +47,7 @@ def statistics(waves):
 def frechet(a, b):
     """Squared Fréchet distance between two Gaussians, (mean, covariance) each."""
     (m1, c1), (m2, c2) = a, b
-    # the eigenvalues of a product of two covariances are real and not negative, but for rounding
+    # the eigenvalues of a product of two covariances are real and not negative, up to rounding
     root = torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()
     return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root).item()
 
@@ -81,13 +80,13 @@ def pair(text):
 def main():
     parser = argparse.ArgumentParser(description="Fréchet distance of generated to validation audio, over log-mel.")
     parser.add_argument("dataset", help="speech, music, or a folder")
-    parser.add_argument("checkpoints", nargs="+", help="of train.py")
-    parser.add_argument("--clips", type=int, default=32, help="to generate with each (default: %(default)s)")
+    parser.add_argument("checkpoints", nargs="+", help="written by train.py")
+    parser.add_argument("--clips", type=int, default=32, help="clips from each checkpoint (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
     parser.add_argument("--temperature", nargs="+", type=pair, default=[(0.8, 0.8), (1, 1), (1, 0.5)], metavar="T:F",
                         help="of the coarse and of the finer codes (default: 0.8:0.8 1:1 1:0.5)")
     parser.add_argument("--seeds", type=int, default=3, help="sets of clips, from seed 0 on (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="(default: results/closeness-DATASET.json)")
+    parser.add_argument("--out", type=Path, help="file to write (default: results/closeness-DATASET.json)")
     args = parser.parse_args()
 
     if min(args.clips, args.seeds) < 1 or not 2 * LAG < args.seconds * FRAME_RATE < 1e6:

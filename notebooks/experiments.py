@@ -1,5 +1,5 @@
 """
-experiments.py: does the mel help, how much, and why? Runs train.py many times and writes one small file a run into
+experiments.py: does the mel help, how much, and why? Runs train.py many times and writes one small file per run into
 results/.
 
     python notebooks/experiments.py speech music              # 36 runs of 300 steps, two at a time, one thread each
@@ -7,51 +7,51 @@ results/.
     python notebooks/experiments.py speech music --table      # only print the tables of what is there
 
 A fair comparison needs models that are alike: `coarse` (tokens and mel) and `coarse-gpt` (tokens only), which predict
-the coarse code, have the same size, batches, steps, dropout and schedule; each may choose its learning rate from the
-same four, by validation NLL on the first dataset (or on --search) with seed 0, and keeps it for all else. So may
-`coarse-codes8`, which reads eight codes, and, from three, `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, in `paper` and again in
-`scale`. All others use that of the model they are a variant of, or of its kind.
-`nano` and `nano-gpt` are the presets as they are: they predict all eight codes.
+the coarse code, have the same size, batches, steps, dropout and schedule. Each chooses its learning rate from the same
+four, by validation NLL on the first dataset (or on --search) with seed 0, and keeps it everywhere. So does
+`coarse-codes8`, which reads eight codes; `gpt-s`, `gpt-m`, `gpt-l` and `hybrid` choose from three, in `paper` and again
+in `scale`. All others use the rate of the model they are a variant of, or of its kind. `nano` and `nano-gpt` are the
+unchanged presets: they predict all eight codes.
 
-gap       what is gained with the recording's mel, and what is left of it with the mel that sampling shows: `coarse`,
-          `coarse-gpt`, and `coarse-heard`, trained on the mel of what eight codebooks decode to; `nano`, trained on
-          that mel, too, and `nano-gpt`. Hybrids are scored with the mel of the original, of eight codebooks and of one
-window    `coarse` with Hann windows of 1024 samples instead of ours: one that ends with the frame, the usual one, which
-          looks 192 samples ahead, and that one cut off where the frame ends, which shows what of its gain is no leak;
-          with the codes of `late`, too (see codec); and with one of 600 samples (25 ms, as long as Whisper's) that
-          ends with the frame
-leak      Hann windows that look further ahead, and these cut off, and a longer and a shorter window of our kind; one
-          seed, as fuse, size, steps, noise and context: exploratory
-streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel all eight codes as
-          embeddings, or the codec's own vectors: of the recording, before it is quantised, of one code, of all eight
-fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `coarse`'s size; four
-          trained on decoded mel, too
-size      both models narrower and wider (not in pairs of equal size: two curves over parameters), the learning rate in
-          inverse proportion to the width
+gap       the gain with the recording's mel, and how much is left of it with the mel available in sampling: `coarse`,
+          `coarse-gpt`, and `coarse-heard`, trained on the mel of what eight codebooks decode to; `nano`, trained on the
+          same mel, and `nano-gpt`. Hybrids are scored with the mel of the original, of eight codebooks and of one
+window    `coarse` with Hann windows of 1024 samples instead of ours: one that ends with the frame; the usual one, which
+          looks 192 samples ahead; and that one cut off where the frame ends, which shows how much of its gain is no
+          leak. These three also with the codes of `late` (see codec). And one of 600 samples (25 ms, as long as
+          Whisper's) that ends with the frame
+leak      Hann windows that look further ahead, the same cut off, and a longer and a shorter window of our kind;
+          exploratory, with one seed, as are fuse, size, steps, noise and context
+streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel, all eight codes as
+          embeddings, or the codec's own vectors: of the recording before quantisation, of one code, of all eight
+fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `coarse`'s size; that of
+          4 blocks also trained on decoded mel
+size      both models narrower and wider (not in pairs of equal size: two curves over parameters), with learning rates
+          in inverse proportion to the width
 steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
-mix       `coarse-heard` and `nano` with half of the crops shown the recording's mel instead, so that they know both
-noise     `nano` and `coarse` with noise on the mel they are trained on, as one's own voice is never quite right
+mix       `coarse-heard` and `nano` given the recording's mel in half of the crops, so that they know both
+noise     `nano` and `coarse` with noise on the mel in training, as the sound they will generate is never quite right
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
-robust    `nano` as there, but with twice the noise; with half of the crops shown the recording's mel; with half shown
-          that of the coarse code alone, without and with noise. One seed, to be sampled from
-codes8    `nano-gpt` as there, but reading all eight codes of a frame, as RQ-Transformer and Moshi do. One seed, too
-own       `nano` as there, but with half of the crops shown the mel of its own finer codes. (The models in assets/ are
-          from `shipped` and this: on speech `nano-own`, on music `nano`, and `nano-gpt`)
-context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions, as many targets a step: the longer,
-          the fewer places a step
-short     the same three with 32 positions, with which music gains most, and three seeds; and these from as few places a
-          step as with 256: from stretches of 256 frames, each cut into eight crops
+robust    as `nano` in shipped, but with twice the noise; given the recording's mel in half of the crops; given that of
+          the coarse code alone in half, without and with noise. One seed, to be sampled from
+codes8    as `nano-gpt` in shipped, but reading all eight codes of a frame, as RQ-Transformer and Moshi do. One seed
+own       as `nano` in shipped, but given the mel of its own finer codes in half of the crops. (The models in assets/
+          are from shipped and own: on speech `nano-own`, on music `nano`, and `nano-gpt`)
+context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but as many targets a step: the longer
+          the context, the fewer places they come from
+short     the same three with 32 positions, where music gains most, three seeds; and again from as few places a step as
+          with 256: from stretches of 256 frames, each cut into eight crops
 codec     `coarse` and `coarse-gpt` with the codes of codecs whose first codebook describes something else;
           refit_codec.py makes them
 paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
-          rates, and `hybrid-heard`, with that of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
-scale     the same five for three hours of audio, 1,200 steps; and `hybrid` and `gpt-m` with the codes of `late`
+          rates, and `hybrid-heard`, with the rate of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
+scale     the same five on three hours of audio, 1,200 steps; and `hybrid` and `gpt-m` with the codes of `late`
 
-A gain is the difference of two models' NLL, its interval a paired bootstrap: validation clips are drawn with
+A gain is the difference of two models' NLLs. Its interval is from a paired bootstrap: validation clips are drawn with
 replacement a thousand times, the same ones for both models and all seeds; 95 % of the gains lie inside.
 
-A run whose result exists, made with the codec that ships now, is not run again; an interrupted one goes on where it
+A run that has a result, made with the codec that ships now, is not repeated; an interrupted one goes on where it
 stopped.
 """
 import argparse
@@ -86,7 +86,7 @@ SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")
 LARGE = "--n-codebooks 1 --context 256 --batch-size 32".split()
 PAPER = [*LARGE, *"--steps 400 --eval-every 50 --dtype bfloat16".split()]
 SCALE = [*LARGE, *"--steps 1200 --eval-every 100 --dtype bfloat16 --compile".split()]
-# question: {model: options of train.py}, in an order that counts: `read` looks for them in a result's command
+# question: {model: options of train.py}; the options' order matters, as `read` looks for them in a result's command
 EXPERIMENTS = {
     "gap": {**TRIO, "nano": NANO, "nano-gpt": NANO_GPT},
     "window": {**{f"coarse-{late}{name}": [*COARSE, *HANN, *ahead, *codec]
@@ -143,7 +143,7 @@ ONE_THREAD = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})       # 
 
 
 def twin(model):
-    """The token-only model that is otherwise the same or, if there is none, the plain one for as many of these codes.
+    """The token-only model that is otherwise the same or, failing that, the plain one for as many codes of that codec.
 
     nano-noise-steps600 -> nano-gpt-steps600, coarse-codes8 -> coarse-gpt, coarse-late-cut192 -> coarse-gpt-late"""
     kind = model.split("-")[0]                                # coarse or nano
@@ -151,7 +151,7 @@ def twin(model):
     return name if name in MODELS else f"{kind}-gpt" + "-late" * ("-late-" in model)
 
 
-# what a gain is measured against
+# the models that a gain is measured against
 TWINS = {f"hybrid{mel}{steps}": [f"{gpt}{steps}" for gpt in ("gpt-m", "gpt-s", "gpt-l")]
          for mel in ("", "-heard") for steps in ("", "-steps1200")}
 TWINS["hybrid-late-steps1200"] = ["gpt-m-late-steps1200"]
@@ -159,7 +159,7 @@ TWINS |= {model: [twin(model)] for model in MODELS if "gpt" not in model and mod
 
 
 def machine(threads=1, device="cpu"):
-    """The processor, and how much of it a run gets, in words; or the GPU."""
+    """The processor and the threads that a run gets, or the GPU, in words."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     cpu = platform.processor() or platform.machine()
@@ -175,21 +175,21 @@ def commit():
 
 
 def label(dataset):
-    """A dataset's short name; of a folder the last two parts, so that nobody's `speech` passes for the bundled one."""
+    """A dataset's short name; for a folder its last two parts, so that no other `speech` passes for the bundled one."""
     return dataset if dataset in ("speech", "music") else "-".join(Path(dataset).expanduser().resolve().parts[1:][-2:])
 
 
 def read(path):
-    """A run's result, or None: there is none, or it was made with another `mini` or with other options than now."""
+    """A run's result, or None if there is none or it was made with another `mini` or other options than now."""
     result = json.loads(path.read_text()) if path.exists() else {}
-    # a refitted codec has a checksum of its own; that it comes from this `mini` is in its file name, among the options
+    # a refitted codec has its own checksum; its file name, among the options, tells that it comes from this `mini`
     if result.get("codec_checksum") == MINI_SHA256[:16] or "--codec" in MODELS.get(result.get("model"), ()):
         options = [*MODELS[result["model"]], "--lr", result["lr"], "--seed", str(result["seed"])]
         return result if " ".join(options) in result["command"] else None
 
 
 def write(path, content):
-    """JSON that can be read in a diff: a key a line, a list on one line."""
+    """JSON that reads well in a diff: one key a line, a list on one line."""
     text = json.dumps(content, indent=1)
     write_whole(path, (re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n").encode())
 
@@ -201,7 +201,7 @@ def files_of(dataset, model, lr, seed):
 
 
 def run(dataset, model, lr, seed, device="cpu"):
-    """Train once, unless that is done; return the result: the best evaluation and what it was made with."""
+    """Train, unless a result exists; return it: the best evaluation and what it was made with."""
     file, out = files_of(dataset, model, lr, seed)
     if not read(file):
         for first, codec in REFITTED.items():
@@ -209,16 +209,16 @@ def run(dataset, model, lr, seed, device="cpu"):
                 raise RuntimeError(f"no {codec}: make it with python notebooks/refit_codec.py {first}")
         place = dataset if dataset == label(dataset) else str(Path(dataset).expanduser().resolve())
         options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", device]
-        if device != "cpu" and "--compile" not in options:    # it takes longer than most of these runs
+        if device != "cpu" and "--compile" not in options:    # compiling takes longer than most runs
             options += ["--no-compile", *([] if "--dtype" in options else ["--dtype", "float32"])]
         again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
-        made_by = out.with_suffix(".commits")                 # an interrupted run may owe itself to several
+        made_by = out.with_suffix(".commits")                 # an interrupted run may have used several
         commits = [commit(), *(made_by.read_text().split() if again == ["--resume"] and made_by.exists() else ())]
         write_whole(made_by, " ".join(dict.fromkeys(commits)).encode())
         with open(out.with_suffix(".txt"), "a") as said:
             done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=said, stderr=said, **ONE_THREAD)
         last = (Path(said.name).read_text().strip().splitlines() or ["no word"])[-1]
-        if done.returncode and "no longer finite" not in last:        # such a run counts with its best evaluation, too
+        if done.returncode and "no longer finite" not in last:        # a diverged run counts, too
             raise RuntimeError(f"run {file.stem} failed: {last.removeprefix('error: ')} (all of it: {said.name})")
         log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
         evaluations = [entry for entry in log if "val_nll" in entry]
@@ -238,8 +238,8 @@ def run(dataset, model, lr, seed, device="cpu"):
 
 
 def score(dataset, model, lr, seed, device="cpu"):
-    """Add to the result of a hybrid of `gap` or `mix` what it scores, clip by clip, with other mels than it was trained
-    on: that of the original ("0"), of 1 and of 8 codebooks."""
+    """Add to the result of a hybrid of `gap` or `mix` its scores, clip by clip, with those mels that it was not trained
+    on, of the original ("0"), of 1 and of 8 codebooks."""
     file, out = files_of(dataset, model, lr, seed)
     content = json.loads(file.read_text())
     if model in {**EXPERIMENTS["gap"], **EXPERIMENTS["mix"]}.keys() & TWINS.keys() and out.exists():
@@ -252,7 +252,7 @@ def score(dataset, model, lr, seed, device="cpu"):
 
 
 def trained_on(model):
-    """The codebooks whose mel a model is trained on, "0": the original's; "0" of token-only models, too."""
+    """The number of codebooks whose mel a model is trained on; "0" for the original's and for token-only models."""
     options = MODELS[model]
     if "--mel-codebooks" in options:
         return options[options.index("--mel-codebooks") + 1]
@@ -269,8 +269,8 @@ def bootstrap(gains, weights, draws=1000):
 
 
 def table(datasets):
-    """Two markdown tables from results/: each model at its learning rate, and what each hybrid gains over its twin.
-    ("The original" is what `coarse-codes8` is said to be shown, too; it sees none.)"""
+    """Two markdown tables from results/: each model at its learning rate, and each hybrid's gain over its twin.
+    (`coarse-codes8` is listed with the original's mel, but reads none.)"""
     models = ["| dataset | model | parameters | lr | val NLL by seed | mean ± sd | perplexity | accuracy | unigram |",
               "|---|---|---|---|---|---|---|---|---|"]
     gains = ["| dataset | gain of | over | shown the mel (or vectors) of | by seed | mean | 95 % interval |",
@@ -300,7 +300,7 @@ def table(datasets):
 
 
 def best_runs(dataset, model):
-    """The results of one model, by seed, at the rate that was chosen for it: of those with most seeds the best."""
+    """The results of one model, by seed, at the rate chosen for it: of the rates with most seeds the best."""
     found = [result for p in RESULTS.glob(f"{dataset}-{model}-lr*.json") if (result := read(p))]
     by_rate = [sorted((r for r in found if r["lr"] == lr), key=lambda r: r["seed"]) for lr in {r["lr"] for r in found}]
     return max(by_rate, key=lambda runs: (len(runs), -runs[0]["best"]["val_nll"]), default=[])
@@ -310,9 +310,9 @@ Gain = namedtuple("Gain", "by_seed mean low high")            # in nats; low and
 
 
 def gain(runs, twins, shown="0"):
-    """What runs gain over the twins of the same seeds and codes, in nats, a `Gain`, or None without scores.
+    """The `Gain` of runs over their twins with the same seeds and codes, or None without scores.
 
-    shown: the codebooks whose mel the hybrid is shown."""
+    shown: the mel that the hybrid is given, as in `trained_on`."""
     of = lambda run: (run["seed"], run["codec_checksum"])
     twins = {of(b): b["scores"]["0"] for b in twins if "scores" in b}
     pairs = [(a["scores"][shown], twins[of(a)]) for a in runs if shown in a.get("scores", ()) and of(a) in twins]
@@ -326,16 +326,16 @@ def choose_rates(questions, dataset, device, pool):
     tried = [(model, lr) for lr in PAPER_RATES for question in ("paper", "scale") if question in questions
              for model in EXPERIMENTS[question] if "-heard" not in model and "-late" not in model]
     small = ["coarse", "coarse-gpt"] * bool({*questions} - {"paper", "scale"})
-    small += ["coarse-codes8"] * bool({"streams", "codes8"} & {*questions})                  # reads something else
+    small += ["coarse-codes8"] * bool({"streams", "codes8"} & {*questions})                  # it has other inputs
     tried += [(model, lr) for lr in LEARNING_RATES for model in small]
     found = list(pool.map(lambda pair: run(dataset, *pair, 0, device)["best"]["val_nll"], tried))
     nll = dict(zip(tried, found))
-    return dict(sorted(tried, key=nll.get, reverse=True))     # of each model's rates the last, of the lowest NLL, stays
+    return dict(sorted(tried, key=nll.get, reverse=True))     # each model keeps its last rate, of the lowest NLL
 
 
 def rate_of(model, chosen):
-    """The learning rate that a model has chosen, or that of what it is a variant of, or of its kind; the wider, the
-    lower."""
+    """The learning rate that a model has chosen, or that of the model it is a variant of, or of its kind; lower if
+    wider."""
     variant_of = model.replace("-heard", "").replace("-late", "")
     kind = "coarse-codes8" if "codes8" in model else MODELS[model][1].replace("nano", "coarse")           # the preset
     lr = next(chosen[name] for name in (model, variant_of, kind) if name in chosen)
@@ -348,11 +348,11 @@ def main():
     parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
-    parser.add_argument("--search", metavar="DATASET", help="where learning rates are chosen (default: the first)")
-    parser.add_argument("--seeds", type=int, default=3, help=f"how many, of {', '.join(SEVERAL_SEEDS)} (default: 3)")
+    parser.add_argument("--search", metavar="DATASET", help="to choose learning rates on (default: the first)")
+    parser.add_argument("--seeds", type=int, default=3, help=f"how many in {', '.join(SEVERAL_SEEDS)} (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: one thread a run (default: cpu)")
-    parser.add_argument("--table", action="store_true", help="run nothing, only print the tables of what there is")
+    parser.add_argument("--table", action="store_true", help="run nothing, only print tables of the results")
     args = parser.parse_args()
     if args.seeds < 1 or args.jobs < 1:
         parser.error("--seeds and --jobs must be at least 1")

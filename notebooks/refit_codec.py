@@ -1,21 +1,21 @@
 """
-refit_codec.py: `mini` with another first codebook: does the mel gain so much because of what that one describes?
+refit_codec.py: `mini` with another first codebook: does the mel gain so much because of what `mini`'s describes?
 
     python notebooks/refit_codec.py late --data FOLDER ...    ten minutes -> runs/late-da13ab60.pt
     python notebooks/experiments.py speech music --only codec
 
-The first codebook of `mini` describes the spectral envelope alone, and was taught it as a Hann window of 1024 samples
-hears it, which ends with the code's own 320 samples and is nearly deaf there (assets/train_codec.py). Here all
-codebooks are fitted anew by k-means, the first one to other latents of a frame:
+The first codebook of `mini` describes the spectral envelope alone. It was taught the envelope through a Hann window of
+1024 samples, which ends with the code's own 320 samples and is nearly deaf there (assets/train_codec.py). Here all
+codebooks are refitted by k-means, the first one to other latents of a frame:
 
-    whole       all of them, envelope and waveform alike, as an RVQ usually is
+    whole       all of them, envelope and waveform alike, as is usual for an RVQ
     waveform    those of the waveform
-    hann        those of the envelope, through `mini`'s own window: what the next is to be compared with
-    late        the envelope, as mel.py's window hears it, late: the code's own samples
-    plain       as late, but nothing of the envelope before it is taken off (see `Envelope`)
+    hann        those of the envelope, through `mini`'s own window: to compare the next with
+    late        the envelope through mel.py's window, late: that of the code's own samples
+    plain       as late, but nothing of the previous envelope is subtracted (see `Envelope`)
 
-For the last three `mini`'s encoder is first trained on, to write that envelope into its latents. The decoder has not been
-trained for any of these: they are there to be predicted, not to be heard.
+For the last three, `mini`'s encoder is first trained further, to write that envelope into its latents. The decoder is
+not trained for any of these codes: they are for predicting, not for listening.
 """
 import argparse
 import sys
@@ -58,7 +58,7 @@ def teach_envelope(encoder, train, envelope):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Fit the codebooks of mini anew.")
+    parser = argparse.ArgumentParser(description="Refit the codebooks of mini.")
     parser.add_argument("first", choices=REFITTED, help="what the first codebook describes")
     parser.add_argument("--data", nargs="+", default=[str(ROOT / "assets/speech"), str(ROOT / "assets/music")],
                         help="folders of audio (default: the bundled ones)")
@@ -69,7 +69,7 @@ def main():
         sys.exit(f"error: {error}")
     model = load_codec("mini").model
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)                            # silence makes denormals, and they crawl on a CPU
+    torch.set_flush_denormal(True)                            # silence makes denormals, slow on a CPU
     waves = batch(train, np.random.default_rng(0), 256, 4 * SAMPLE_RATE)
     if args.first in ENVELOPES:
         teach_envelope(model.encoder, train, Envelope(waves[:64], *ENVELOPES[args.first]))

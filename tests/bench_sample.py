@@ -2,12 +2,12 @@
 python tests/bench_sample.py                 untrained `nano`, codec mini; about a minute
 python tests/bench_sample.py --device cuda --num 64          on a GPU, 64 streams side by side
 
-Is sampling faster than real time, does it stay so, and what does remembering save? Prints, from one run:
+Is sampling faster than real time, does it stay so, and what does caching save? Prints, from one run:
 
     real-time factor    seconds of audio per second, all streams together, everything included
-    second 60 / 5       median time of the frames around second 60 over that around second 5: 1 is constant time
-    recompute / stream  the first ten seconds, against running model, decoder and spectrogram over the whole past for
-                        every frame (every tenth frame is timed; weights do not matter to the time, so none are trained)
+    second 60 / 5       median time of a frame around second 60 over that around second 5: 1 means constant time
+    recompute / stream  time for ten seconds if model, decoder and spectrogram run over the whole past for every frame,
+                        over the time with caches (every tenth frame is timed; weights do not matter to either)
 """
 import argparse
 import sys

@@ -8,11 +8,11 @@ What does it cost? Each pair takes turns, and a ratio is the median over the tur
                   positions, LayerNorm with gain, GELU, biases off, SDPA; written for this file), and `hybrid` against
                   `gpt-s`: batch x 512, forward + backward + AdamW
     spectrogram   `log_mel` of one minute against torch.stft and a matrix product, and against librosa if it is installed
-    preparation   seconds of audio a second: encoding by a codec of EnCodec's shape; reading, codec `mini` and mel of the
-                  bundled music, on all cores or the GPU; and positions a second, gathered into batches
+    preparation   seconds of audio a second: encoding by a codec of EnCodec's shape; reading the bundled music and
+                  making its `mini` codes and mel, on all cores or the GPU; and positions a second put into batches
 
-With a GPU, tokens a second and the share of its peak that the model's arithmetic uses (6 operations a parameter and
-token, the embedding's too, and 12 a layer of the stack, channel and position for attention, nearly as nanoGPT counts;
+With a GPU also the share of its peak that the model's arithmetic uses: 6 operations per parameter and token, embeddings
+included, and for attention 12 per layer of the stack, channel and position, nearly as nanoGPT counts (the default
 --peak is that of an H100 or H200, bf16).
 """
 import argparse
@@ -70,8 +70,8 @@ class NanoGPT(nn.Module):
 def take_turns(functions, turns, device="cpu", calls=1):
     """{name: function} -> {name: seconds a call, of each turn}, after two turns that do not count.
 
-    A turn is so many calls in a row: functions of different libraries disturb each other's first, by threads that still
-    wait for work, and by memory that must be had anew.
+    A turn is `calls` calls in a row, as a library's first call after another library's is slower: the other's threads
+    still wait for work, and memory must be allocated again.
     """
     seconds = {name: [] for name in functions}
     for turn in range(turns + 2):
@@ -173,8 +173,8 @@ def main():
     parser.add_argument("--models", nargs="+", choices=[m for m in PRESETS if PRESETS[m].n_codebooks == 1],
                         default=["gpt-s", "hybrid"])
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=8, help="that count (default: %(default)s)")
-    parser.add_argument("--peak", type=float, default=989e12, help="operations a second (default: %(default)g)")
+    parser.add_argument("--turns", type=int, default=8, help="turns that count (default: %(default)s)")
+    parser.add_argument("--peak", type=float, default=989e12, help="GPU operations a second (default: %(default)g)")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}, {'' if args.compile else 'not '}compiled")

@@ -377,6 +377,7 @@ def load_checkpoint(path, device="cpu"):
         if known:
             model = HybridGPT(Config(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
+            checkpoint.setdefault("latents", False)           # the first files of this format do not name that option
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint '{path}': train.py writes one") from error
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything

@@ -49,7 +49,7 @@ SILENCE = 8                          # frames of silence before a clip for a cod
 
 MINI = Path(__file__).parent / "assets" / "mini.pt"
 MINI_SHA256 = "da13ab60fe19712f5ce7b639acb10fcca1455ee60c551ffdc19008beb0726169"
-ENCODEC_SHA256 = "d7cc33bc"          # its first digits, which are all that Meta has published
+ENCODEC_SHA256 = "d7cc33bc"          # its first eight digits, which Meta put into the file's name
 ENCODEC_FILE = f"encodec_24khz-{ENCODEC_SHA256}.th"
 
 # GPU and CPU should find the same codes: no TF32, which rounds factors to 10 bits, in convolutions and LSTM

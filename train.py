@@ -428,8 +428,8 @@ def main():
              "codec_checksum": codec.checksum, "data_key": data.key, "audio": data.fingerprint}
     options = {k: v for k, v in vars(args).items() if k not in THIS_CALL}
     write_log({"step": step, "args": options, "n_params": n_params, **facts, "device": str(device),
-            "torch": torch.__version__, "unigram_nll": unigram, "train_frames": data.meta["train_frames"],
-            "val_frames": data.meta["val_frames"]})
+               "torch": torch.__version__, "unigram_nll": unigram, "train_frames": data.meta["train_frames"],
+               "val_frames": data.meta["val_frames"]})
 
     signal.signal(signal.SIGINT, stop_soon)
     signal.signal(signal.SIGTERM, stop_soon)

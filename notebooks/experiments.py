@@ -252,7 +252,7 @@ def score(dataset, model, lr, seed, device="cpu"):
 
 
 def trained_on(model):
-    """The number of codebooks whose mel a model is trained on; "0" for the original's and for token-only models."""
+    """The number of codebooks whose mel a model is trained on; "0" for the original's and for token-only twins."""
     options = MODELS[model]
     if "--mel-codebooks" in options:
         return options[options.index("--mel-codebooks") + 1]
@@ -270,7 +270,7 @@ def bootstrap(gains, weights, draws=1000):
 
 def table(datasets):
     """Two markdown tables from results/: each model at its learning rate, and each hybrid's gain over its twin.
-    (`coarse-codes8` is listed with the original's mel, but reads none.)"""
+    (`coarse-codes8` and `nano-codes8` are listed with a mel, but read none.)"""
     models = ["| dataset | model | parameters | lr | val NLL by seed | mean ± sd | perplexity | accuracy | unigram |",
               "|---|---|---|---|---|---|---|---|---|"]
     gains = ["| dataset | gain of | over | shown the mel (or vectors) of | by seed | mean | 95 % interval |",
@@ -337,8 +337,9 @@ def rate_of(model, chosen):
     """The learning rate that a model has chosen, or that of the model it is a variant of, or of its kind; lower if
     wider."""
     variant_of = model.replace("-heard", "").replace("-late", "")
-    kind = "coarse-codes8" if "codes8" in model else MODELS[model][1].replace("nano", "coarse")           # the preset
-    lr = next(chosen[name] for name in (model, variant_of, kind) if name in chosen)
+    small = re.sub(r"-steps\d+", "", variant_of).replace("nano", "coarse")
+    kind = MODELS[model][1].replace("nano", "coarse")         # the preset
+    lr = next(chosen[name] for name in (model, variant_of, small, kind) if name in chosen)
     width = re.search(r"width(\d+)", model)
     return f"{float(lr) * PRESETS['nano'].n_embd / int(width[1]):g}" if width else lr
 

@@ -280,6 +280,14 @@ def test_closeness_hears_log_mel_and_its_change():
     torch.testing.assert_close(covariance, torch.cov(vectors.T))
 
 
+@pytest.mark.parametrize("model, rate", [
+    ("coarse-heard", "1"), ("nano-own-steps1200", "1"), ("nano-gpt-steps1200", "2"), ("coarse-gpt-plain", "2"),
+    ("coarse-codes8", "3"), ("nano-codes8-steps1200", "3"), ("hybrid-heard-steps1200", "5"), ("coarse-width64", "2")])
+def test_a_variant_uses_the_rate_of_what_it_varies(model, rate):
+    chosen = {"coarse": "1", "coarse-gpt": "2", "coarse-codes8": "3", "hybrid": "4", "hybrid-steps1200": "5"}
+    assert experiments.rate_of(model, chosen) == rate
+
+
 def test_a_codec_that_has_to_be_made_first_is_named(monkeypatch, tmp_path):
     for folder in ("ROOT", "RESULTS", "RUNS"):
         monkeypatch.setattr(experiments, folder, tmp_path)
@@ -294,7 +302,7 @@ def test_a_codec_fitted_to_nothing_is_one_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("first, heard", [("whole", [True, True]), ("waveform", [True, False]),
-                                          ("hann", [False, True]), ("late", [False, True])])
+                                          *((first, [False, True]) for first in ("hann", "late", "plain"))])
 def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, first, heard):
     monkeypatch.setattr(refit_codec, "ROOT", tmp_path)
     monkeypatch.setattr(refit_codec, "load", lambda folders: (folders, None))
@@ -314,11 +322,11 @@ def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, f
     assert (book[:, train_codec.COUNT] == mini.vectors[0][:, train_codec.COUNT]).all()        # how many are heard
     wave = bursts(1, 75)
     assert codec.encode(wave).unique().numel() > 100
-    windows = {"hann": HANN, "late": WINDOW}
-    if first in windows:                                                          # the encoder has learnt that one
+    envelopes = {"hann": (HANN, 0.6), "late": (WINDOW, 0.6), "plain": (WINDOW, 0.0)}
+    if first in envelopes:                                                        # the encoder has learnt that one
         latents = codec.model.encoder(wave[None])[:, train_codec.ENVELOPE, 3:]
-        missed = {name: (latents - train_codec.Envelope(made[0], window)(wave)[..., 3:]).square().mean()
-                  for name, window in windows.items()}
-        assert missed[first] < 0.3 * max(missed.values())
+        missed = {name: (latents - train_codec.Envelope(made[0], *how)(wave)[..., 3:]).square().mean()
+                  for name, how in envelopes.items()}
+        assert missed[first] == min(missed.values()) < 0.3 * max(missed.values())
     else:
         assert len(made) == 1 and torch.equal(codec.model.encoder(wave[None]), mini.model.encoder(wave[None]))

@@ -30,6 +30,7 @@ import torch
 
 import corpora
 import data
+import sample
 import tokens
 import train
 from mel import log_mel
@@ -164,6 +165,15 @@ def test_a_model_of_latents_has_their_statistics_and_can_be_scored(run, tiny_cod
     torch.testing.assert_close(model.mel_mean, mean, atol=1e-3, rtol=1e-3)                # float16 in the cache
     scored = json.loads(run(tmp_path, "--eval", "out.pt", "--batch-size", 2, "--device", "cpu", small=False).out)
     assert scored["val_nll"] == evaluations(tmp_path / "out.jsonl")[-1]["val_nll"]
+
+
+def test_a_checkpoint_from_before_latents_were_an_option_is_as_good(run, trained, tmp_path):
+    _, checkpoint = load_checkpoint(trained / "out.pt")
+    del checkpoint["latents"]
+    save(tmp_path / "old.pt", checkpoint)
+    of = lambda path: run(tmp_path, "--eval", path, "--device", "cpu", small=False)
+    assert json.loads(of("old.pt").out)["val_nll"] == json.loads(of(trained / "out.pt").out)["val_nll"]
+    assert sample.load(tmp_path / "old.pt")[1].name
 
 
 def test_the_first_line_of_the_log_holds_every_option(trained):

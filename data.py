@@ -218,8 +218,8 @@ def split_clips(names, dataset=None):
 def check_mel(codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
     """Raise DataError if this mel cannot be made: options as in `encode_files`."""
     if not 0 <= mel_codebooks <= codec.n_codebooks:
-        raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: there is no mel of what "
-                        f"{mel_codebooks} decode to")
+        raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: the mel can be of 0 (the original) to "
+                        f"{codec.n_codebooks}, not of {mel_codebooks}")
     if lookahead and (mel_codebooks or latents):
         raise DataError("a lookahead goes with the mel of recordings only: --mel-codebooks 0, no --mix, no --latents")
     try:

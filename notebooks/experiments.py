@@ -8,10 +8,10 @@ results/.
 
 A fair comparison needs models that are alike: `coarse` (tokens and mel) and `coarse-gpt` (tokens only), which predict
 the coarse code, have the same size, batches, steps, dropout and schedule. Each chooses its learning rate from the same
-four, by validation NLL on the first dataset (or on --search) with seed 0, and keeps it everywhere. So does
-`coarse-codes8`, which reads eight codes; `gpt-s`, `gpt-m`, `gpt-l` and `hybrid` choose from three, in `paper` and again
-in `scale`. All others use the rate of the model they are a variant of, or of its kind. `nano` and `nano-gpt` are the
-unchanged presets: they predict all eight codes.
+four, by validation NLL on the first dataset (or on --search) with seed 0, and keeps it everywhere. So do those that
+read eight codes, `coarse-codes8` and, with the mel, `coarse-both8`; `gpt-s`, `gpt-m`, `gpt-l` and `hybrid` choose from
+three, in `paper` and again in `scale`. All others use the rate of the model they are a variant of, or of its kind.
+`nano` and `nano-gpt` are the unchanged presets: they predict all eight codes.
 
 gap       the gain with the recording's mel, and how much is left of it with the mel available in sampling: `coarse`,
           `coarse-gpt`, and `coarse-heard`, trained on the mel of what eight codebooks decode to; `nano`, trained on the
@@ -23,7 +23,8 @@ window    `coarse` with Hann windows of 1024 samples instead of ours: one that e
 leak      Hann windows that look further ahead, the same cut off, and a longer and a shorter window of our kind;
           exploratory, with one seed, as are fuse, size, steps, noise and context
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel, all eight codes as
-          embeddings, or the codec's own vectors: of the recording before quantisation, of one code, of all eight
+          embeddings, or the codec's own vectors: of the recording before quantisation, of one code, of all eight; both
+          the mel of eight codebooks and all eight codes as embeddings
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `coarse`'s size; that of
           4 blocks also trained on decoded mel
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), with learning rates
@@ -35,7 +36,8 @@ longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
 robust    as `nano` in shipped, but with twice the noise; given the recording's mel in half of the crops; given that of
           the coarse code alone in half, without and with noise. One seed, to be sampled from
-codes8    as `nano-gpt` in shipped, but reading all eight codes of a frame, as RQ-Transformer and Moshi do. One seed
+codes8    as `nano-gpt` and as `nano` in shipped, but reading all eight codes of a frame, as RQ-Transformer and Moshi
+          do: instead of the mel, and beside it. One seed
 own       as `nano` in shipped, but given the mel of its own finer codes in half of the crops. (The models in assets/
           are from shipped and own: on speech `nano-own`, on music `nano`, and `nano-gpt`)
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but as many targets a step: the longer
@@ -79,6 +81,7 @@ NANO, NANO_GPT = ["--model", "nano"], ["--model", "nano-gpt"]
 COARSE, GPT = [*NANO, "--n-codebooks", "1"], [*NANO_GPT, "--n-codebooks", "1"]
 HEARD = [*COARSE, "--mel-codebooks", "8"]
 HANN = ["--window", "512", "512"]
+CODES8 = ["--set", "n_input_codebooks=8"]
 REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt"                       # by refit_codec.py
             for first in ("whole", "waveform", "hann", "late", "plain")}
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
@@ -100,7 +103,7 @@ EXPERIMENTS = {
                 for rise, fall in ((960, 32), (288, 32))}},
     "streams": {"coarse-mel": [*COARSE, "--set", "use_codes=False", "n_inner=656"],
                 **{f"coarse-heard{k}": [*COARSE, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
-                "coarse-codes8": [*GPT, "--set", "n_input_codebooks=8"],
+                "coarse-codes8": [*GPT, *CODES8], "coarse-both8": [*HEARD, *CODES8],
                 **{f"coarse-latents{k}": [*COARSE, "--mel-codebooks", str(k), "--latents"] for k in (0, 1, 8)}},
     "fuse": {"coarse-add": [*COARSE, "--set", "fuse=add", "n_inner=528"],
              **{f"coarse-blocks{n}": [*COARSE, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
@@ -119,7 +122,8 @@ EXPERIMENTS = {
     "robust": {"nano-noise1-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=1.0"],
                **{f"nano-mix{k}-steps1200": [*NANO, "--steps", "1200", "--mix", str(k)] for k in (0, 1)},
                "nano-noise-mix1-steps1200": [*NANO, "--steps", "1200", "--mix", "1", "--set", "mel_noise=0.5"]},
-    "codes8": {"nano-codes8-steps1200": [*NANO_GPT, "--steps", "1200", "--set", "n_input_codebooks=8"]},
+    "codes8": {"nano-codes8-steps1200": [*NANO_GPT, "--steps", "1200", *CODES8],
+               "nano-both8-steps1200": [*NANO, "--steps", "1200", *CODES8]},
     "own": {"nano-own-steps1200": [*NANO, "--steps", "1200", "--own-details"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
@@ -145,9 +149,9 @@ ONE_THREAD = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})       # 
 def twin(model):
     """The token-only model that is otherwise the same or, failing that, the plain one for as many codes of that codec.
 
-    nano-noise-steps600 -> nano-gpt-steps600, coarse-codes8 -> coarse-gpt, coarse-late-cut192 -> coarse-gpt-late"""
+    nano-noise-steps600 -> nano-gpt-steps600, coarse-both8 -> coarse-gpt, coarse-late-cut192 -> coarse-gpt-late"""
     kind = model.split("-")[0]                                # coarse or nano
-    name = re.sub(r"-(heard|noise|mix|own|codes)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
+    name = re.sub(r"-(heard|noise|mix|own|codes|both)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
     return name if name in MODELS else f"{kind}-gpt" + "-late" * ("-late-" in model)
 
 
@@ -326,7 +330,7 @@ def choose_rates(questions, dataset, device, pool):
     tried = [(model, lr) for lr in PAPER_RATES for question in ("paper", "scale") if question in questions
              for model in EXPERIMENTS[question] if "-heard" not in model and "-late" not in model]
     small = ["coarse", "coarse-gpt"] * bool({*questions} - {"paper", "scale"})
-    small += ["coarse-codes8"] * bool({"streams", "codes8"} & {*questions})                  # it has other inputs
+    small += ["coarse-codes8", "coarse-both8"] * bool({"streams", "codes8"} & {*questions})  # they have other inputs
     tried += [(model, lr) for lr in LEARNING_RATES for model in small]
     found = list(pool.map(lambda pair: run(dataset, *pair, 0, device)["best"]["val_nll"], tried))
     nll = dict(zip(tried, found))

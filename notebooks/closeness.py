@@ -85,12 +85,15 @@ def main():
     parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
     parser.add_argument("--temperature", nargs="+", type=pair, default=[(0.8, 0.8), (1, 1), (1, 0.5)], metavar="T:F",
                         help="of the coarse and of the finer codes (default: 0.8:0.8 1:1 1:0.5)")
+    parser.add_argument("--top-p", type=float, help="as in sample.py (default: off)")
     parser.add_argument("--seeds", type=int, default=3, help="sets of clips, from seed 0 on (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="file to write (default: results/closeness-DATASET.json)")
     args = parser.parse_args()
 
     if min(args.clips, args.seeds) < 1 or not 2 * LAG < args.seconds * FRAME_RATE < 1e6:
         parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error("--top-p must be in (0, 1]")
     out = args.out or Path(__file__).parent.parent / "results" / f"closeness-{label(args.dataset)}.json"
     if out.is_dir() or not out.parent.is_dir():
         parser.error(f"--out {out}: not a file in an existing folder")
@@ -127,11 +130,13 @@ def main():
             for seed in range(args.seeds):
                 generator = torch.Generator().manual_seed(seed)
                 codes, waves = zip(*generate(model, codec, round(args.seconds * FRAME_RATE), args.clips,
-                                             temperature=temperature, finer_temperature=finer, generator=generator))
+                                             temperature=temperature, finer_temperature=finer, top_p=args.top_p,
+                                             generator=generator))
                 sets.append((torch.cat(codes, dim=-1), torch.cat(waves, dim=1)))
             name = f"{Path(path).stem}, temperature {temperature:g}, finer codes {finer:g}"
+            name += f", top-p {args.top_p:g}" if args.top_p else ""
             facts = {"checkpoint": path, "preset": checkpoint["preset"], "val_nll": checkpoint.get("val_nll"),
-                     "temperature": temperature, "finer_temperature": finer}
+                     "temperature": temperature, "finer_temperature": finer, "top_p": args.top_p}
             compare(name, [waves for _, waves in sets], n_codebooks=model.config.n_codebooks, **facts)
             if model.config.n_codebooks > 1:
                 compare(f"{name}, only the coarse code decoded", [codec.decode(codes[:, :1]) for codes, _ in sets],

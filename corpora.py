@@ -78,8 +78,8 @@ CORPORA = {
 # ----------------------------------------------------------------------------- one process at a time
 
 @contextlib.contextmanager
-def alone(folder):
-    """Wait until no other process is inside `alone(folder)`. The operating system frees the lock if a process dies."""
+def locked(folder):
+    """Wait until no other process is inside `locked(folder)`. The operating system frees the lock if a process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         with contextlib.suppress(ImportError):                # Windows has no fcntl: there, start one at a time
@@ -107,7 +107,7 @@ def fetch(name, home=None):
         for place in (home, *((home / archive.folder).parent for archive in corpus.archives)):
             if place.is_symlink() and not place.exists():
                 raise DataError(f"{place} is a link to {os.readlink(place)}, which is not there: is its disk mounted?")
-        with writing(home), alone(home):
+        with disk_errors(home), locked(home):
             for archive in corpus.archives:
                 if not (home / archive.folder).is_dir():
                     unpack(download(archive, home), archive, home)
@@ -116,7 +116,7 @@ def fetch(name, home=None):
 
 
 @contextlib.contextmanager
-def writing(folder):
+def disk_errors(folder):
     """Turn a full disk, or missing permissions, into a DataError that says where."""
     try:
         yield

@@ -40,7 +40,7 @@ import soxr
 import torch
 from tqdm import tqdm
 
-from corpora import CORPORA, DataError, alone, fetch, writing
+from corpora import CORPORA, DataError, disk_errors, fetch, locked
 from mel import FLOOR, HOP, N_FFT, N_MELS, SAMPLE_RATE, WINDOW, StreamingLogMel, check_window
 from model import CODEBOOK_SIZE, IGNORE, START
 
@@ -49,8 +49,8 @@ MEL_OPTIONS = ("mel_codebooks", "latents", "lookahead", "window")      # those o
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
-LONG = 60                            # seconds: on a CPU a longer file is encoded alone, less audio than this in all by
-                                     # a single process
+LONG = 60                            # seconds: on a CPU a longer file is encoded on its own, and less audio than this
+                                     # in all by a single process
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {".oga", ".opus", ".aif"}
 
 
@@ -181,7 +181,7 @@ def _files(top):
     """Every file below a folder, linked folders included; each folder only once, as links may form a loop."""
     seen = set()
     for here, folders, files in os.walk(top, followlinks=True):
-        folders.sort()                                        # or the disk would decide under which name one counts
+        folders.sort()               # or the disk's order would decide under which name a folder linked twice is listed
         if os.path.realpath(here) in seen:
             folders.clear()
             continue
@@ -253,7 +253,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     short = os.fsencode(name)[:150].decode(errors="ignore")   # a file name may have 255 bytes
     home = Path(cache) / f"{short}-{codec.name}-{key}"
     if not (home / "meta.json").is_file():
-        with writing(cache), alone(Path(cache)):
+        with disk_errors(cache), locked(Path(cache)):
             if not (home / "meta.json").is_file():            # another process may have made it while this one waited
                 unfinished = home.with_name(f".{home.name}")
                 (unfinished / "clips").mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                 except DataError:
                     shutil.rmtree(unfinished)                 # nothing in it is worth keeping
                     raise
-                # the arrays (clips/ has no dot): or a power cut might leave them empty, and their clips deleted
+                # to the disk, before their sources in clips/ (which the pattern skips: no dot) are deleted
                 for path in unfinished.glob("*.*"):
                     with open(path, "r+b") as file:
                         os.fsync(file.fileno())
@@ -304,7 +304,7 @@ def _encode(clips, folder, files, codec, made_with, title, quiet):
               disable=quiet) as bar:
         for results in work:
             if isinstance(results, OSError):
-                raise results                                 # here, where `writing` sees it
+                raise results                                 # here, where `disk_errors` sees it
             problems |= {i: problem for i, problem in results.items() if problem}
             bar.update(sum(files[i][1] for i in results))
     if problems:

@@ -159,7 +159,7 @@ def _log_mel(segments, lookahead, window):
 
 
 class StreamingLogMel:
-    """`log_mel` for audio that arrives piece by piece; any split gives the frames of the whole clip.
+    """`log_mel` for audio that arrives piece by piece; any split gives the frames of the whole clip, up to rounding.
 
     `push(samples)` takes (N,) or (B, N), N >= 0 (the same B each time), and returns the (T, 80) or (B, T, 80)
     frames that became complete. It remembers the N_FFT - HOP samples that the next segment reaches back to, and

@@ -10,13 +10,14 @@ The discrete side makes the output a distribution that can be sampled and scored
 coarse code has thrown away, without adding a position (Whisper-GPT, arXiv 2412.11449, figure 1). A token-only GPT and a
 mel-only model are this same class with one branch switched off.
 
-With n_codebooks > 1 a second, small transformer runs over *depth*, inside each frame: it sees the stack's output and
-the codes already chosen for the next frame, and predicts the next finer one (as in Moshi, 2410.00037, after
-RQ-Transformer, 2203.01941; there the stack, too, reads all codes, here n_input_codebooks of them):
+With n_codebooks > 1 a second, small transformer runs over *depth*, inside each frame, as in Moshi (2410.00037), after
+RQ-Transformer (2203.01941). Its position k is given the output of the blocks above, the *backbone*, plus code k, sees
+codes 1 to k and predicts code k + 1; in training these are the right ones (teacher forcing):
 
-    stack's output ─┬─ head ─────────────────────────────── code 1         a frame is still one position of
-                    ├─ + code 1 ─ depth blocks ─ head 2 ─── code 2         the stack, which still reads the
-                    └─ + code 2 ─ depth blocks ─ head 3 ─── code 3 ...     coarse code and the mel only
+    backbone ─┬─ head ───────────────────────────── code 1           a frame is still one position of the backbone,
+              ├─ + code 1 ─ depth blocks ─ head 2 ─ code 2           which reads the coarse code and the mel only (in
+              │                 ▼ (causal)                           those two papers it reads all codes, as it does
+              └─ + code 2 ─ depth blocks ─ head 3 ─ code 3 ...       here with n_input_codebooks = K)
 
 Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention, a SiLU MLP, no biases.
 
@@ -43,7 +44,7 @@ class Config:
     n_layer: int
     n_head: int
     n_embd: int
-    n_inner: int                     # width of the MLPs of the stack
+    n_inner: int                     # width of the backbone's MLPs
     use_codes: bool = True           # the token branch
     use_mel: bool = True             # the mel branch
     n_input_codebooks: int = 1       # how many codebooks the token branch reads, their embeddings summed
@@ -221,7 +222,7 @@ class HybridGPT(nn.Module):
 
         for name, p in self.named_parameters():
             # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions
-            # (those of the stack, for the two small transformers, too)
+            # (those of the backbone, for the two small transformers, too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1 whatever the branches, so that twins differ only in what they read.
@@ -262,7 +263,7 @@ class HybridGPT(nn.Module):
         Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,), 0 if nothing is
         scored; without targets (logits, None).
         """
-        x = self.stack(codes, mel)                                                # (B, T, n_embd)
+        x = self.backbone(codes, mel)                                                # (B, T, n_embd)
         logits = self.head(x)                                                     # (B, T, 1024)
         if targets is None:
             return logits, None
@@ -275,7 +276,7 @@ class HybridGPT(nn.Module):
             losses += [mean_nll(finer[:, k], targets[:, k + 1]) for k in range(finer.shape[1])]
         return logits, torch.stack(losses)
 
-    def stack(self, codes, mel, cache=None):
+    def backbone(self, codes, mel, cache=None):
         """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> hidden states (B, T, n_embd), for `head` and
         `finer_logits`. With a `KVCache` T is 1, and the positions before this one are remembered."""
         T, context = codes.shape[2], self.config.context
@@ -317,7 +318,7 @@ class HybridGPT(nn.Module):
         return norm(x)
 
     def finer_logits(self, x, codes):
-        """Within one frame: x (n, n_embd) of the stack, its codes so far (n, k), coarse first -> (n, k, 1024).
+        """Within one frame: x (n, n_embd) of the backbone, its codes so far (n, k), coarse first -> (n, k, 1024).
 
         Row j of the result predicts codebook j + 2 from codes 1 to j + 1; k from 1 to n_codebooks - 1.
         """

@@ -8,7 +8,9 @@ K codebooks cost K * 10 bits a frame (0.75 kbit/s each), coarse first.
 
 Two codecs, both of one class of the `encodec` package (Défossez et al., arXiv 2210.13438):
 
-    mini     made by this project, weights in assets/, zero padding: causal from the first code on
+    mini     made by this project, weights in assets/, zero padding: causal from the first code on. Its coarse code was
+             taught the spectral envelope of mostly the sound *before* its own 320 samples, so much of what it says the
+             mel has shown already (assets/README.md)
     encodec  Meta's EnCodec 24 kHz, 14.9 M parameters, downloaded once (93 MB) or read from a folder
 
     >>> codec = load_codec("mini")
@@ -16,7 +18,8 @@ Two codecs, both of one class of the `encodec` package (Défossez et al., arXiv 
     >>> again = codec.decode(codes)         # (B, T * 320)
 
 Everything runs piece by piece (`stream_encoder`, `stream_decoder`): each layer remembers the little of the past that it
-needs, so any split gives the result of one pass, and a file of any length takes no more memory than ten seconds.
+needs, so any split gives the result of one pass, up to float rounding, and a file of any length takes no more memory
+than ten seconds.
 """
 import hashlib
 import importlib.machinery

@@ -39,7 +39,9 @@ from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, Hybr
                    load_checkpoint, save, to_checkpoint)
 from tokens import CodecError, load_codec
 
-DEPTH_EVERY = 8                      # a step learns the finer codes of every eighth frame only, as they cost most
+# A step learns the finer codes of every eighth frame only, as there are K - 1 for each coarse code, and each costs a
+# softmax over 1024, too (Sesame's CSM takes every sixteenth and calls it compute amortisation)
+DEPTH_EVERY = 8
 
 # torchrun sets all three; a cluster's scheduler may set some of them for its own purposes
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
@@ -94,8 +96,8 @@ def parse_arguments():
     add("--accumulate", type=int, default=1, metavar="N",
         help="split each batch into N parts, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate, at the end of the warm-up; then cosine decay to a tenth "
-        "(default: 1.2e-2 for the nano models, the best of four at 300 steps, 1e-3 for larger ones; in 400 steps 3e-3 "
-        "to 6e-3 were best)")
+        "(default: 1.2e-2 for the nano models, the best of four at 300 steps, and 1e-3 for larger ones, for long runs; "
+        "in their runs of 400 steps 3e-3 to 6e-3 were best)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
@@ -196,11 +198,11 @@ def own_details(model, codec, codes, mel, targets):
 
     That is close to what it hears when it samples; the answer is still the right next code. It is scheduled sampling
     (Bengio et al., 1506.03099), but in one extra pass, as for Transformers in 1906.07651, at a fixed rate and of the
-    finer codes alone. Only close: the pass that draws has heard the right details, and crops are decoded without their
-    past.
+    finer codes alone. Only close: the pass that draws has heard the right details, the finer codes are drawn with
+    dropout, and crops are decoded without their past.
     """
     model.eval()
-    x = model.stack(codes, mel).flatten(0, 1)                                     # (B * T, n_embd)
+    x = model.backbone(codes, mel).flatten(0, 1)                                     # (B * T, n_embd)
     model.train()
     chosen = targets[:, :1].clamp(min=0).mT.flatten(0, 1)                         # (B * T, 1)
     for _ in range(1, model.config.n_codebooks):
@@ -509,10 +511,13 @@ def main():
                 mel[some] = own_details(model, codec, codes[some], mel[some], targets[some]).type_as(mel)
             with autocast:
                 _, losses = wrapped(codes, mel, targets, depth_frames=move(depth_frames, device))         # (K,)
-            # clips shorter than the context are padded, so parts hold unequal numbers of targets: weighted by their
-            # shares of them, the means of all parts and processes add up to the means over the batch
+            # the loss: NLL of the coarse code + mean NLL of the finer codes. Clips shorter than the context are padded,
+            # so parts hold unequal numbers of targets: weighted by their shares of them, the means of all parts and
+            # processes add up to the means over the batch
             shares = count_targets(part[2], depth_frames) / n_targets.clamp(min=1)           # coarse, finer
-            loss = losses[0] * shares[0] + (losses[1:].mean() * shares[1] if len(losses) > 1 else 0)
+            loss = losses[0] * shares[0]
+            if len(losses) > 1:
+                loss = loss + losses[1:].mean() * shares[1]
             (loss * WORLD).backward()                         # the processes' gradients will be averaged, not summed
             loss_sum += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

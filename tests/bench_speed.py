@@ -12,7 +12,7 @@ What does it cost? Each pair takes turns, and a ratio is the median over the tur
                   making its `mini` codes and mel, on all cores or the GPU; and positions a second put into batches
 
 With a GPU also the share of its peak that the model's arithmetic uses: 6 operations per parameter and token, embeddings
-included, and for attention 12 per layer of the stack, channel and position, nearly as nanoGPT counts (the default
+included, and for attention 12 per layer of the backbone, channel and position, nearly as nanoGPT counts (the default
 --peak is that of an H100 or H200, bf16).
 """
 import argparse

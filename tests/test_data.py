@@ -425,7 +425,7 @@ def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny
     folder = clips(tmp_path / "in")
     code = (f"import sys; sys.path.insert(0, {str(data.ASSETS.parent)!r}); import data, tokens; from pathlib import Path\n"
             f"data.prepare({str(folder)!r}, tokens.load_codec({str(tiny_codec_file)!r}), Path({str(tmp_path / 'cache')!r}))")
-    with corpora.alone(tmp_path / "cache"):
+    with corpora.locked(tmp_path / "cache"):
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         assert "waiting for another process" in process.stderr.readline()
         time.sleep(1)                                         # all it needs is a moment
@@ -716,18 +716,18 @@ def test_what_is_prepared_is_on_the_disk_before_it_has_its_name(tmp_path, tiny_c
 
 
 def test_who_waited_for_another_process_encodes_nothing(tmp_path, tiny_codec, monkeypatch):
-    folder, cache, alone = clips(tmp_path / "in"), tmp_path / "cache", data.alone
+    folder, cache, locked = clips(tmp_path / "in"), tmp_path / "cache", data.locked
 
     @contextlib.contextmanager
     def after_another(place):
-        monkeypatch.setattr(data, "alone", alone)
+        monkeypatch.setattr(data, "locked", locked)
         prepare(folder, tiny_codec, cache, quiet=True)        # by another process, while this one waits
-        with alone(place):
+        with locked(place):
             yield
 
     def encoder():
         raise AssertionError("encoded again")
-    monkeypatch.setattr(data, "alone", after_another)
+    monkeypatch.setattr(data, "locked", after_another)
     assert len(prepare(folder, codec_whose_encoder(tiny_codec, encoder), cache, quiet=True).train) > 0
 
 

@@ -192,7 +192,7 @@ def test_the_coarse_code_is_predicted_as_without_finer_ones():
 @torch.no_grad()
 def test_a_finer_code_depends_on_its_frame_and_the_coarser_codes_of_it_and_on_nothing_else():
     model, (codes, mel, targets) = make(DEEP), inputs(12)
-    x = model.stack(codes, mel)                                  # (2, 12, n_embd)
+    x = model.backbone(codes, mel)                                  # (2, 12, n_embd)
     x, chosen = x[:, 5], targets[:, :3, 5]                    # one frame of either clip
     logits = model.finer_logits(x, chosen)
     assert logits.shape == (2, 3, 1024)
@@ -212,7 +212,7 @@ def test_the_losses_of_finer_codebooks_are_what_their_logits_say():
     model, (codes, mel, targets) = make(DEEP), inputs(12)
     targets[0, :, 7:] = IGNORE
     _, losses = model(codes, mel, targets)
-    x = model.stack(codes, mel)
+    x = model.backbone(codes, mel)
     for k in (1, 2, 3):
         by_hand = [-model.finer_logits(x[b, t:t + 1], targets[b:b + 1, :k, t])[0, -1].log_softmax(-1)[targets[b, k, t]]
                    for b in range(2) for t in range(12) if targets[b, k, t] != IGNORE]
@@ -408,11 +408,11 @@ def test_one_step_at_a_time_equals_the_whole_up_to_and_beyond_the_context(config
     model, (codes, mel, _), cache = make(config), inputs(4 * 16 + 3), KVCache(16)
     whole = logits_of(model, codes, mel)
     with torch.no_grad():
-        steps = [model.head(model.stack(codes[..., t:t + 1], mel[:, t:t + 1], cache)) for t in range(codes.shape[-1])]
+        steps = [model.head(model.backbone(codes[..., t:t + 1], mel[:, t:t + 1], cache)) for t in range(codes.shape[-1])]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(whole[:, 20], logits_of(model, codes[..., 3:], mel[:, 3:])[:, 17])  # history matters
     with pytest.raises(ValueError, match="one position at a time, not 2"):
-        model.stack(codes[..., :2], mel[:, :2], cache)
+        model.backbone(codes[..., :2], mel[:, :2], cache)
 
 
 @EACH

@@ -166,7 +166,7 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use
         if again.shape[-1] > 1:
             mel = torch.cat([mel, log_mel(tiny_codec.decode(again[..., 1:]))], dim=1)
         with torch.no_grad():
-            x = model.stack(again, mel)
+            x = model.backbone(again, mel)
             chosen = draw(model.head(x[:, -1]), generator=generator)[:, None]
             while chosen.shape[1] < K:
                 finer = model.finer_logits(x[:, -1], chosen)[:, -1]

@@ -526,12 +526,12 @@ def test_a_mel_to_mix_in_that_cannot_be_had_is_refused_before_any_work(run, tmp_
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
 def test_too_little_memory_is_one_clear_line(run, tmp_path, error):
-    with mock.patch.object(HybridGPT, "stack", side_effect=error):
+    with mock.patch.object(HybridGPT, "backbone", side_effect=error):
         assert_refused(run(tmp_path), "out of memory", "--accumulate")
 
 
 def test_an_error_of_ours_is_not_blamed_on_the_memory(run, tmp_path):
-    with mock.patch.object(HybridGPT, "stack", side_effect=RuntimeError("shapes do not fit")):
+    with mock.patch.object(HybridGPT, "backbone", side_effect=RuntimeError("shapes do not fit")):
         with pytest.raises(RuntimeError, match="shapes do not fit"):
             run(tmp_path)
 
@@ -544,12 +544,12 @@ def test_only_who_can_be_sampled_is_said_to_be(run, trained, tmp_path):
 
 def test_a_run_can_continue_where_the_memory_is_smaller(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes, stack = [], HybridGPT.stack
+    sizes, backbone = [], HybridGPT.backbone
 
     def recorded(self, codes, *args, **more):
         sizes.append(len(codes)) if self.training else None
-        return stack(self, codes, *args, **more)
-    with mock.patch.object(HybridGPT, "stack", recorded):
+        return backbone(self, codes, *args, **more)
+    with mock.patch.object(HybridGPT, "backbone", recorded):
         assert run(tmp_path, "--steps", 1).code == 0
         state = torch.load("out.last.pt", weights_only=True)
         state["args"]["steps"] = 2

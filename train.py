@@ -48,6 +48,74 @@ TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
 MASTER = RANK == 0                   # this process evaluates, prints and writes
 
+
+# ----------------------------------------------------------------------------- what a step and an evaluation compute
+
+@torch.no_grad()
+def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
+    """Score the coarse code over the whole validation split, each target once (see Dataset.validation).
+
+    Returns {"val_nll" in nats a code, "val_ppl", "val_acc"}, for a model of K > 1 codebooks also the list
+    "val_nll_finer", codebooks 2 to K; and, for a bootstrap, each clip's mean NLL and number of targets.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    sums, counts = np.zeros(len(data.val)), np.diff(data.val)[:, 0]               # every frame is a target once
+    correct, finer = 0, np.zeros(model.config.n_codebooks - 1)
+    for codes, mel, targets, clip in data.validation(model.config.context, batch_size):
+        targets = targets.to(device)
+        with autocast:
+            logits, losses = model(codes.to(device), mel.to(device), targets)
+        coarse = targets[:, 0]                                                    # (B, T)
+        row_nll = F.cross_entropy(logits.float().transpose(1, 2), coarse, ignore_index=IGNORE, reduction="none").sum(1)
+        np.add.at(sums, clip.numpy(), row_nll.cpu().double().numpy())             # a clip has many rows
+        correct += (logits.argmax(-1) == coarse).sum().item()                     # IGNORE is never an argmax
+        finer += losses[1:].cpu().double().numpy() * (coarse != IGNORE).sum().item()
+    model.train(was_training)
+    nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
+    figures = {"val_nll": nll, "val_ppl": float(np.exp(min(nll, 700))), "val_acc": accuracy}
+    if len(finer):
+        figures["val_nll_finer"] = (finer / counts.sum()).round(4).tolist()
+    return {**figures, "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.tolist()}
+
+
+@torch.no_grad()
+def own_details(model, codec, codes, mel, targets):
+    """The mel (B, T, 80) of a batch as decoded from its right coarse codes and finer ones that the model draws itself.
+
+    That is close to what it hears when it samples; the answer is still the right next code. It is scheduled sampling
+    (Bengio et al., 1506.03099), but in one extra pass, as for Transformers in 1906.07651, at a fixed rate and of the
+    finer codes alone. Only close: the pass that draws has heard the right details, the finer codes are drawn with
+    dropout, and crops are decoded without their past.
+    """
+    model.eval()
+    x = model.backbone(codes, mel).flatten(0, 1)                                     # (B * T, n_embd)
+    model.train()
+    chosen = targets[:, :1].clamp(min=0).mT.flatten(0, 1)                         # (B * T, 1)
+    for _ in range(1, model.config.n_codebooks):
+        p = model.finer_logits(x, chosen)[:, -1].softmax(-1)                      # (B * T, 1024)
+        chosen = torch.cat([chosen, torch.multinomial(p, 1)], dim=1)
+    wave = codec.decode(chosen.unflatten(0, mel.shape[:2]).mT)                    # (B, T * 320)
+    return torch.cat([mel[:, :1], log_mel(wave)[:, :-1]], dim=1)                  # position p is shown frame p - 1
+
+
+def count_targets(targets, depth_frames):
+    """How many frames of targets (B, K, T) are scored for the coarse code, and how many for the finer ones: (2,)."""
+    counts = targets[:, 0] != IGNORE
+    return torch.stack([counts.sum(), counts[:, depth_frames].sum()])
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then half a cosine down to a tenth."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup) / (args.steps - args.warmup)
+    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+# ----------------------------------------------------------------------------- the command line
+
 SHOWN = ("dataset", "codec", *MEL_OPTIONS)           # a model's input; out.pt and every result name these options
 # options that may change with --resume: where things are now (hashes tell whether they are the same), how to compute
 MAY_CHANGE = ("dataset", "codec", "codec_dir", "dtype", "compile", "accumulate")
@@ -163,68 +231,7 @@ def choose_device(name):
     return torch.device(name)
 
 
-@torch.no_grad()
-def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
-    """Score the coarse code over the whole validation split, each target once (see Dataset.validation).
-
-    Returns {"val_nll" in nats a code, "val_ppl", "val_acc"}, for a model of K > 1 codebooks also the list
-    "val_nll_finer", codebooks 2 to K; and, for a bootstrap, each clip's mean NLL and number of targets.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    sums, counts = np.zeros(len(data.val)), np.diff(data.val)[:, 0]               # every frame is a target once
-    correct, finer = 0, np.zeros(model.config.n_codebooks - 1)
-    for codes, mel, targets, clip in data.validation(model.config.context, batch_size):
-        targets = targets.to(device)
-        with autocast:
-            logits, losses = model(codes.to(device), mel.to(device), targets)
-        coarse = targets[:, 0]                                                    # (B, T)
-        row_nll = F.cross_entropy(logits.float().transpose(1, 2), coarse, ignore_index=IGNORE, reduction="none").sum(1)
-        np.add.at(sums, clip.numpy(), row_nll.cpu().double().numpy())             # a clip has many rows
-        correct += (logits.argmax(-1) == coarse).sum().item()                     # IGNORE is never an argmax
-        finer += losses[1:].cpu().double().numpy() * (coarse != IGNORE).sum().item()
-    model.train(was_training)
-    nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
-    figures = {"val_nll": nll, "val_ppl": float(np.exp(min(nll, 700))), "val_acc": accuracy}
-    if len(finer):
-        figures["val_nll_finer"] = (finer / counts.sum()).round(4).tolist()
-    return {**figures, "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.tolist()}
-
-
-@torch.no_grad()
-def own_details(model, codec, codes, mel, targets):
-    """The mel (B, T, 80) of a batch as decoded from its right coarse codes and finer ones that the model draws itself.
-
-    That is close to what it hears when it samples; the answer is still the right next code. It is scheduled sampling
-    (Bengio et al., 1506.03099), but in one extra pass, as for Transformers in 1906.07651, at a fixed rate and of the
-    finer codes alone. Only close: the pass that draws has heard the right details, the finer codes are drawn with
-    dropout, and crops are decoded without their past.
-    """
-    model.eval()
-    x = model.backbone(codes, mel).flatten(0, 1)                                     # (B * T, n_embd)
-    model.train()
-    chosen = targets[:, :1].clamp(min=0).mT.flatten(0, 1)                         # (B * T, 1)
-    for _ in range(1, model.config.n_codebooks):
-        p = model.finer_logits(x, chosen)[:, -1].softmax(-1)                      # (B * T, 1024)
-        chosen = torch.cat([chosen, torch.multinomial(p, 1)], dim=1)
-    wave = codec.decode(chosen.unflatten(0, mel.shape[:2]).mT)                    # (B, T * 320)
-    return torch.cat([mel[:, :1], log_mel(wave)[:, :-1]], dim=1)                  # position p is shown frame p - 1
-
-
-def count_targets(targets, depth_frames):
-    """How many frames of targets (B, K, T) are scored for the coarse code, and how many for the finer ones: (2,)."""
-    counts = targets[:, 0] != IGNORE
-    return torch.stack([counts.sum(), counts[:, depth_frames].sum()])
-
-
-def learning_rate(step, args):
-    """Linear warm-up, then half a cosine down to a tenth."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    done = (step - args.warmup) / (args.steps - args.warmup)
-    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
-
+# ----------------------------------------------------------------------------- a run, new or interrupted
 
 def fill_defaults(args, files):
     """Fill in the defaults that depend on other options; refuse to overwrite an earlier run unasked."""
@@ -327,6 +334,8 @@ def score(args, device):
     print(json.dumps({"checkpoint": args.eval, **shown, "codec": codec.name, "unigram_nll": data.unigram_nll(),
                       "n_params": model.n_params(), **figures}))
 
+
+# ----------------------------------------------------------------------------- the loop
 
 stopped_by = []                      # signals received: the run ends after the current step
 

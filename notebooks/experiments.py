@@ -37,7 +37,7 @@ shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and 
 robust    as `nano` in shipped, but with twice the noise; given the recording's mel in half of the crops; given that of
           the coarse code alone in half, without and with noise. One seed, to be sampled from
 codes8    as `nano-gpt` and as `nano` in shipped, but reading all eight codes of a frame, as RQ-Transformer and Moshi
-          do: instead of the mel, and beside it. One seed
+          do: instead of the mel, and beside it
 own       as `nano` in shipped, but given the mel of its own finer codes in half of the crops. (The models in assets/
           are from shipped and own: on speech `nano-own`, on music `nano`, and `nano-gpt`)
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but as many targets a step: the longer
@@ -139,7 +139,8 @@ EXPERIMENTS = {
               **{f"{name}-late-steps1200": ["--model", name, *SCALE, "--codec", REFITTED["late"]]
                  for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "longer", "shipped", "own", "short", "codec", "paper", "scale")
+SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "longer", "shipped", "codes8", "own", "short", "codec", "paper",
+                 "scale")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]

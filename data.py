@@ -264,7 +264,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                 except DataError:
                     shutil.rmtree(unfinished)                 # nothing in it is worth keeping
                     raise
-                # to the disk, before their sources in clips/ (which the pattern skips: no dot) are deleted
+                # the arrays, to the disk before their clips are deleted (the pattern skips clips/, which has no dot)
                 for path in unfinished.glob("*.*"):
                     with open(path, "r+b") as file:
                         os.fsync(file.fileno())

@@ -263,7 +263,7 @@ class HybridGPT(nn.Module):
         Returns logits (B, T, 1024) and the mean cross-entropy of each codebook in nats, (n_codebooks,), 0 if nothing is
         scored; without targets (logits, None).
         """
-        x = self.backbone(codes, mel)                                                # (B, T, n_embd)
+        x = self.backbone(codes, mel)                                             # (B, T, n_embd)
         logits = self.head(x)                                                     # (B, T, 1024)
         if targets is None:
             return logits, None

@@ -88,7 +88,7 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
     codes[:, 0] = START
     mel = torch.zeros(num, 1, model.config.n_mels, device=device)
     for t in range(n_prompt + n_frames):
-        x = model.backbone(codes, mel, cache)[:, 0]              # (B, n_embd)
+        x = model.backbone(codes, mel, cache)[:, 0]           # (B, n_embd)
         if t < n_prompt:
             codes = prompt[:, :, t:t + 1].expand(num, -1, 1).to(device)
         else:

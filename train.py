@@ -90,7 +90,7 @@ def own_details(model, codec, codes, mel, targets):
     dropout, and crops are decoded without their past.
     """
     model.eval()
-    x = model.backbone(codes, mel).flatten(0, 1)                                     # (B * T, n_embd)
+    x = model.backbone(codes, mel).flatten(0, 1)                                  # (B * T, n_embd)
     model.train()
     chosen = targets[:, :1].clamp(min=0).mT.flatten(0, 1)                         # (B * T, 1)
     for _ in range(1, model.config.n_codebooks):

@@ -31,7 +31,7 @@ def recompute(model, codec, codes):
     if t:
         mel = torch.cat([mel, log_mel(codec.decode(codes))], dim=1)
     start = torch.full((B, K, 1), START, device=codes.device)
-    x = model.backbone(torch.cat([start, codes], dim=-1), mel)[:, -1]                # (B, n_embd)
+    x = model.backbone(torch.cat([start, codes], dim=-1), mel)[:, -1]             # (B, n_embd)
     chosen = draw(model.head(x))[:, None]
     while chosen.shape[1] < model.config.n_codebooks:
         chosen = torch.cat([chosen, draw(model.finer_logits(x, chosen)[:, -1])[:, None]], dim=1)

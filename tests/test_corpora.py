@@ -316,7 +316,7 @@ def test_a_disk_is_not_taken_for_a_network(published, server, monkeypatch, numbe
     def closed(path, mode):
         raise OSError(number, os.strerror(number), str(path))
     monkeypatch.setattr(corpora, "_is_right", lambda *_: False)
-    monkeypatch.setattr(corpora, "locked", corpora.contextlib.nullcontext)         # opens a file, too
+    monkeypatch.setattr(corpora, "locked", corpora.contextlib.nullcontext)        # opens a file, too
     monkeypatch.setattr(corpora, "open", closed, raising=False)
     published.mkdir()
     with pytest.raises(DataError, match=words):

@@ -228,7 +228,7 @@ def test_a_result_of_another_codec_is_none(tmp_path, monkeypatch):
 
 def test_what_a_model_is_trained_on():
     on = {"nano": "8", "nano-gpt": "0", "nano-noise": "8", "coarse": "0", "coarse-gpt": "0", "coarse-heard": "8",
-          "coarse-latents1": "1", "hybrid": "0", "hybrid-heard": "8"}
+          "coarse-latents1": "1", "coarse-both8": "8", "hybrid": "0", "hybrid-heard": "8"}
     assert {model: experiments.trained_on(model) for model in on} == on
 
 
@@ -271,6 +271,25 @@ def test_the_bootstrap_weighs_clips_by_their_targets():
     assert experiments.bootstrap(np.full((3, 8), 0.25), np.arange(1, 9)) == pytest.approx((0.25, 0.25, 0.25))
 
 
+def test_closeness_draws_as_it_is_told_and_says_so(monkeypatch, tmp_path):
+    told, wave = [], 0.1 * torch.randn(24_000)
+
+    def generate(model, codec, n_frames, num, **how):
+        told.append(how)
+        for frame in range(n_frames):
+            yield torch.randint(1024, (num, 8, 1)), 0.1 * torch.randn(num, 320)
+    monkeypatch.setattr(closeness, "generate", generate)
+    monkeypatch.setattr(closeness, "recordings", lambda *_: ([wave], [wave]))
+    out, ready = tmp_path / "out.json", NOTEBOOKS.parent / "assets" / "nano-speech.pt"
+    for given, drawn in ([], None), (["--top-p", "0.9"], 0.9):
+        small = ["--clips", "1", "--seconds", "1", "--seeds", "1", "--temperature", "1:0.5", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["closeness.py", "speech", str(ready), *small, *given])
+        closeness.main()
+        assert (told[-1]["temperature"], told[-1]["finer_temperature"], told[-1]["top_p"]) == (1, 0.5, drawn)
+        row = json.loads(out.read_text())["rows"][-1]
+        assert row["top_p"] == drawn and ("top-p 0.9" in row["what"]) == bool(drawn)
+
+
 def test_closeness_hears_log_mel_and_its_change():
     wave, lag = 0.1 * torch.randn(24_000), closeness.LAG
     mel = log_mel(wave, window=HANN).double()
@@ -282,9 +301,11 @@ def test_closeness_hears_log_mel_and_its_change():
 
 @pytest.mark.parametrize("model, rate", [
     ("coarse-heard", "1"), ("nano-own-steps1200", "1"), ("nano-gpt-steps1200", "2"), ("coarse-gpt-plain", "2"),
-    ("coarse-codes8", "3"), ("nano-codes8-steps1200", "3"), ("hybrid-heard-steps1200", "5"), ("coarse-width64", "2")])
+    ("coarse-codes8", "3"), ("nano-codes8-steps1200", "3"), ("nano-both8-steps1200", "6"),
+    ("hybrid-heard-steps1200", "5"), ("coarse-width64", "2")])
 def test_a_variant_uses_the_rate_of_what_it_varies(model, rate):
-    chosen = {"coarse": "1", "coarse-gpt": "2", "coarse-codes8": "3", "hybrid": "4", "hybrid-steps1200": "5"}
+    chosen = {"coarse": "1", "coarse-gpt": "2", "coarse-codes8": "3", "hybrid": "4", "hybrid-steps1200": "5",
+              "coarse-both8": "6"}
     assert experiments.rate_of(model, chosen) == rate
 
 

@@ -317,20 +317,23 @@ class HybridGPT(nn.Module):
             cache.position += 1                               # only now: every layer has stored this position
         return norm(x)
 
-    def finer_logits(self, x, codes):
+    def finer_logits(self, x, codes, cache=None):
         """Within one frame: x (n, n_embd) of the backbone, its codes so far (n, k), coarse first -> (n, k, 1024).
 
-        Row j of the result predicts codebook j + 2 from codes 1 to j + 1; k from 1 to n_codebooks - 1.
+        Row j of the result predicts codebook j + 2 from codes 1 to j + 1; k from 1 to n_codebooks - 1. With a `KVCache`
+        of this frame codes is (n, 1), the latest code alone, and the earlier ones are remembered.
         """
-        k = codes.shape[1]
+        first, k = 0 if cache is None else cache.position, codes.shape[1]
         # rows of all tables, one below the other. depth_embedding[arange(k), codes] would be the same, but its gradient
         # is summed in an order that varies with the threads: a resumed run would differ from an uninterrupted one
-        rows = codes + CODEBOOK_SIZE * torch.arange(k, device=codes.device)
+        rows = codes + CODEBOOK_SIZE * torch.arange(first, first + k, device=codes.device)
         x = self.depth_in(x)[:, None] + F.embedding(rows, self.depth_embedding.flatten(0, 1))    # (n, k, n_depth_embd)
-        rotary = self.rotary[:, :k]
+        rotary = self.rotary[:, first:first + k]
         for block in self.depth_blocks:
-            x = block(x, rotary)
-        return torch.einsum("nkc,kcv->nkv", norm(x), self.depth_head[:k])
+            x = block(x, rotary, cache=cache)
+        if cache is not None:
+            cache.position += 1
+        return torch.einsum("nkc,kcv->nkv", norm(x), self.depth_head[first:first + k])
 
 
 # ----------------------------------------------------------------------------- checkpoints

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from corpora import CORPORA, DISK_FULL
 from data import MEL_OPTIONS, DataError, check_mel, prepare
 from mel import WINDOW, log_mel
-from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
+from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT, KVCache,
                    load_checkpoint, save, to_checkpoint)
 from tokens import CodecError, load_codec
 
@@ -86,16 +86,16 @@ def own_details(model, codec, codes, mel, targets):
 
     That is close to what it hears when it samples; the answer is still the right next code. It is scheduled sampling
     (Bengio et al., 1506.03099), but in one extra pass, as for Transformers in 1906.07651, at a fixed rate and of the
-    finer codes alone. Only close: the pass that draws has heard the right details, the finer codes are drawn with
-    dropout, and crops are decoded without their past.
+    finer codes alone. Only close: the pass that draws has heard the right details, and crops are decoded without their
+    past.
     """
-    model.eval()
-    x = model.backbone(codes, mel).flatten(0, 1)                                  # (B * T, n_embd)
-    model.train()
+    model.eval()                                                                  # no dropout, no mel_noise
+    x, depth = model.backbone(codes, mel).flatten(0, 1), KVCache(model.config.n_codebooks)    # (B * T, n_embd)
     chosen = targets[:, :1].clamp(min=0).mT.flatten(0, 1)                         # (B * T, 1)
     for _ in range(1, model.config.n_codebooks):
-        p = model.finer_logits(x, chosen)[:, -1].softmax(-1)                      # (B * T, 1024)
+        p = model.finer_logits(x, chosen[:, -1:], depth)[:, 0].softmax(-1)        # (B * T, 1024)
         chosen = torch.cat([chosen, torch.multinomial(p, 1)], dim=1)
+    model.train()
     wave = codec.decode(chosen.unflatten(0, mel.shape[:2]).mT)                    # (B, T * 320)
     return torch.cat([mel[:, :1], log_mel(wave)[:, :-1]], dim=1)                  # position p is shown frame p - 1
 

@@ -205,6 +205,9 @@ def test_a_finer_code_depends_on_its_frame_and_the_coarser_codes_of_it_and_on_no
         torch.testing.assert_close(model.finer_logits(x, chosen[:, :k + 1]), logits[:, :k + 1])   # a prefix is enough
     assert (model.finer_logits(x.flip(0), chosen) - logits).abs().max() > 1e-3
     torch.testing.assert_close(model.finer_logits(x[1:], chosen[1:]), logits[1:])
+    cache = KVCache(4)                                        # one code at a time, as in sampling
+    steps = [model.finer_logits(x, chosen[:, k:k + 1], cache) for k in range(3)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), logits)
 
 
 @torch.no_grad()

@@ -435,12 +435,12 @@ class Dataset:
     def damaged(self, how):
         return DataError(f"the cache {self.home} is damaged ({how}): delete that folder, and it will be made anew")
 
-    def batch(self, seed, step, batch_size, context, stretch=None):
+    def batch(self, seed, step, batch_size, context, stretch=None, n_codebooks=None):
         """A training batch, a pure function of its arguments: codes and targets (B, K, T), mel (B, T, 80) float16.
-
         Each row is centred on a frame drawn uniformly from the training split, then moved to lie inside its clip,
         so that the first frames of a clip, where sampling starts, come up often. With `stretch`, a multiple of
         `context`, pieces of `stretch` frames are drawn instead and cut into rows: neighbours, from fewer places.
+        K is `n_codebooks`, by default all that the codec has.
         """
         stretch = stretch or context
         rng = np.random.default_rng((seed, step))
@@ -451,9 +451,9 @@ class Dataset:
             offset = centre - (self.train_ends[clip] - (end - start)) - stretch // 2
             offset = max(0, min(offset, end - start - stretch))
             crops += [(start, end, offset + i, 0) for i in range(0, stretch, context)]
-        return self.gather(crops, context)
+        return self.gather(crops, context, n_codebooks)
 
-    def validation(self, context, batch_size):
+    def validation(self, context, batch_size, n_codebooks=None):
         """The whole validation split in fixed order: yields (codes, mel, targets, clip (B,)) batches.
 
         Crops overlap by half and only the second half of each is scored, except for a clip's first crop, which is
@@ -466,15 +466,16 @@ class Dataset:
                  for offset in [0, *range(half, end - start - half, half)]]
         for i in range(0, len(crops), batch_size):
             part = crops[i:i + batch_size]
-            yield (*self.gather([crop[1:] for crop in part], context), torch.tensor([crop[0] for crop in part]))
+            clips = torch.tensor([crop[0] for crop in part])
+            yield (*self.gather([crop[1:] for crop in part], context, n_codebooks), clips)
 
-    def gather(self, crops, context):
+    def gather(self, crops, context, n_codebooks=None):
         """Crops (clip start, clip end, offset, first scored position) -> padded tensors, the inputs one frame late.
 
         Position p of a row predicts frame offset + p of the clip and is shown frame offset + p - 1; before the
         clip's first frame it is shown START.
         """
-        B, all_codes, all_mel = len(crops), self.codes, self.mel
+        B, all_codes, all_mel = len(crops), self.codes[:, :n_codebooks], self.mel
         codes = np.zeros((B, all_codes.shape[1], context), np.int64)
         mel = np.zeros((B, context, all_mel.shape[1]), np.float16)
         targets = np.full((B, all_codes.shape[1], context), IGNORE, np.int64)

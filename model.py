@@ -59,6 +59,11 @@ class Config:
     context: int = 512               # positions that attention sees, its own included
     dropout: float = 0.0
 
+    @property
+    def n_used_codebooks(self):
+        """How many codes of a frame the model reads or predicts."""
+        return max(self.n_input_codebooks, self.n_codebooks)
+
     def check(self):
         """Raise ValueError for a combination that cannot work."""
         sizes = (self.n_layer, self.n_head, self.n_embd, self.n_inner, self.n_mel_embd, self.n_depth_embd,
@@ -301,7 +306,7 @@ class HybridGPT(nn.Module):
                 mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
             if self.training and self.config.mel_noise:
                 mel = mel + self.config.mel_noise * torch.randn_like(mel)
-            m = self.mel_in(mel.masked_fill(at_start, 0.0))                       # (B, T, n_mel_embd)
+            m = self.mel_in(mel.masked_fill(at_start, 0.0)).type_as(mel)          # (B, T, n_mel_embd)
             for block in self.mel_blocks:
                 m = block(m, rotary, mask, cache)
             m = norm(m)
@@ -311,6 +316,8 @@ class HybridGPT(nn.Module):
                 x = self.fuse(torch.cat([x, m], dim=-1))
             else:
                 x = (x + self.fuse(m)) * 2 ** -0.5                                # the variance stays 1
+            # in bfloat16 a sum of many small steps would lose some of them; an embedding, the twin's start, is float32
+            x = x.type_as(mel)
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
         if cache is not None:
@@ -334,6 +341,17 @@ class HybridGPT(nn.Module):
         if cache is not None:
             cache.position += 1
         return torch.einsum("nkc,kcv->nkv", norm(x), self.depth_head[first:first + k])
+
+    def draw_finer(self, x, coarse, draw):
+        """All codes of a frame: x (n, n_embd) of the backbone, coarse codes (n,) -> (n, n_codebooks), coarse first.
+
+        draw: a function that chooses codes (n,) by their logits (n, 1024), called once for each finer codebook.
+        """
+        codes, cache = coarse[:, None], KVCache(self.config.n_codebooks)
+        for _ in range(1, self.config.n_codebooks):
+            logits = self.finer_logits(x, codes[:, -1:], cache)[:, 0]
+            codes = torch.cat([codes, draw(logits)[:, None]], dim=1)
+        return codes
 
 
 # ----------------------------------------------------------------------------- checkpoints

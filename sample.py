@@ -92,12 +92,8 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
         if t < n_prompt:
             codes = prompt[:, :, t:t + 1].expand(num, -1, 1).to(device)
         else:
-            depth = KVCache(model.config.n_codebooks)
-            chosen = draw(model.head(x), temperature, **how)[:, None]         # (B, k), coarse first
-            for _ in range(1, model.config.n_codebooks):
-                finer = model.finer_logits(x, chosen[:, -1:], depth)[:, 0]    # (B, 1024)
-                chosen = torch.cat([chosen, draw(finer, finer_temperature, **how)[:, None]], dim=1)
-            codes = chosen[:, :, None]
+            coarse = draw(model.head(x), temperature, **how)                  # (B,)
+            codes = model.draw_finer(x, coarse, draw=lambda logits: draw(logits, finer_temperature, **how))[:, :, None]
         wave = decoder.push(codes.to(codec.device))           # (B, 320)
         mel = spectrogram.push(wave).to(device)               # (B, 1, 80)
         yield codes, wave

@@ -35,12 +35,12 @@ import torch.nn.functional as F
 from corpora import CORPORA, DISK_FULL
 from data import MEL_OPTIONS, DataError, check_mel, prepare
 from mel import WINDOW, log_mel
-from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT, KVCache,
+from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
                    load_checkpoint, save, to_checkpoint)
 from tokens import CodecError, load_codec
 
 # A step learns the finer codes of every eighth frame only, as there are K - 1 for each coarse code, and each costs a
-# softmax over 1024, too (Sesame's CSM takes every sixteenth and calls it compute amortisation)
+# softmax over 1024, too (Sesame's CSM takes a random sixteenth: compute amortisation)
 DEPTH_EVERY = 8
 
 # torchrun sets all three; a cluster's scheduler may set some of them for its own purposes
@@ -60,10 +60,12 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device, c = next(model.parameters()).device, model.config
+    # to the depth blocks each frame is a sequence of its own, and CUDA's fused attention takes at most 65,535 at once
+    batch_size = max(1, min(batch_size, 65_535 // c.context))
     sums, counts = np.zeros(len(data.val)), np.diff(data.val)[:, 0]               # every frame is a target once
-    correct, finer = 0, np.zeros(model.config.n_codebooks - 1)
-    for codes, mel, targets, clip in data.validation(model.config.context, batch_size):
+    correct, finer = 0, np.zeros(c.n_codebooks - 1)
+    for codes, mel, targets, clip in data.validation(c.context, batch_size, c.n_used_codebooks):
         targets = targets.to(device)
         with autocast:
             logits, losses = model(codes.to(device), mel.to(device), targets)
@@ -90,13 +92,10 @@ def own_details(model, codec, codes, mel, targets):
     past.
     """
     model.eval()                                                                  # no dropout, no mel_noise
-    x, depth = model.backbone(codes, mel).flatten(0, 1), KVCache(model.config.n_codebooks)    # (B * T, n_embd)
-    chosen = targets[:, :1].clamp(min=0).mT.flatten(0, 1)                         # (B * T, 1)
-    for _ in range(1, model.config.n_codebooks):
-        p = model.finer_logits(x, chosen[:, -1:], depth)[:, 0].softmax(-1)        # (B * T, 1024)
-        chosen = torch.cat([chosen, torch.multinomial(p, 1)], dim=1)
+    x, coarse = model.backbone(codes, mel).flatten(0, 1), targets[:, 0].clamp(min=0).flatten()        # (B * T, ...)
+    own = model.draw_finer(x, coarse, draw=lambda logits: torch.multinomial(logits.softmax(-1), 1)[:, 0])
     model.train()
-    wave = codec.decode(chosen.unflatten(0, mel.shape[:2]).mT)                    # (B, T * 320)
+    wave = codec.decode(own.unflatten(0, mel.shape[:2]).mT)                       # (B, T * 320)
     return torch.cat([mel[:, :1], log_mel(wave)[:, :-1]], dim=1)                  # position p is shown frame p - 1
 
 
@@ -254,10 +253,9 @@ def new_model(args, codec):
                                  n_codebooks=args.n_codebooks, **args.set)
     if args.latents:
         config.n_mels = codec.vectors.shape[-1]
-    wanted = max(config.n_codebooks, config.n_input_codebooks)
-    if wanted > codec.n_codebooks:
-        raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {wanted}: choose --n-codebooks "
-                         "and n_input_codebooks")
+    if config.n_used_codebooks > codec.n_codebooks:
+        raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {config.n_used_codebooks}: choose "
+                         "--n-codebooks and n_input_codebooks")
     torch.manual_seed(args.seed)
     try:
         return HybridGPT(config)
@@ -500,7 +498,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         # batch and dropout depend only on options, step and process, so that a resumed run equals an uninterrupted one
-        which = args.seed, step, args.batch_size, context, args.stretch
+        which = args.seed, step, args.batch_size, context, args.stretch, model.config.n_used_codebooks
         batch = data.batch(*which)                            # codes, mel, targets
         if other_data:                                        # the same crops, every other one with the other mel
             batch[1][step % 2::2] = other_data.batch(*which)[1][step % 2::2]

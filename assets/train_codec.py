@@ -388,7 +388,7 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
         latents = model.encoder(wave[:, None])                # (B, C, T)
     leaf = latents.detach().requires_grad_(encoder_learns)
     spectral = leaf[:, ENVELOPE]
-    among_zeros = lambda part: F.pad(part, (0, 0, ENVELOPE.start, leaf.shape[1] - ENVELOPE.stop))   
+    among_zeros = lambda part: F.pad(part, (0, 0, ENVELOPE.start, leaf.shape[1] - ENVELOPE.stop))
     losses, out = {}, None
     if phase < 3:
         losses["envelope"] = (spectral - envelope(wave)).square().mean()

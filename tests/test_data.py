@@ -587,6 +587,13 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(mixed, tmp_path):
     assert not torch.equal(mixed.batch(1, 2, 8, 32)[2], mixed.batch(2, 1, 8, 32)[2])
 
 
+def test_a_batch_without_the_finest_codes_is_otherwise_the_same(mixed):
+    for whole, part in [(mixed.batch(1, 2, 8, 32), mixed.batch(1, 2, 8, 32, n_codebooks=1)),
+                        *zip(mixed.validation(32, 4), mixed.validation(32, 4, n_codebooks=1))]:
+        assert len(whole[0][0]) == 2 and torch.equal(part[0], whole[0][:, :1]) and torch.equal(part[2], whole[2][:, :1])
+        assert torch.equal(part[1], whole[1])
+
+
 def test_codes_that_do_not_exist_are_refused_as_inputs_too(mixed):
     start, end = mixed.train[0]
     for row in (start + 10, start + 9):                       # a target, and what is shown

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from mel import HOP, log_mel
-from model import (IGNORE, PRESETS, START, Attention, CheckpointError, Config, HybridGPT, KVCache, load_checkpoint,
-                   rotary_angles, rotate, to_checkpoint, write_whole)
+from model import (IGNORE, PRESETS, START, Attention, Block, CheckpointError, Config, HybridGPT, KVCache,
+                   load_checkpoint, rotary_angles, rotate, to_checkpoint, write_whole)
 from tokens import load_codec
 
 HYBRID = Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, context=16)
@@ -388,6 +388,17 @@ def test_whitening_is_as_exact_in_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         logits_of(model, codes, mel)
     assert torch.equal(*heard)
+
+
+@EACH
+def test_the_residual_stream_stays_float32_in_bfloat16(config):
+    model, (codes, mel, targets), entered = make(config), inputs(12), set()
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.register_forward_pre_hook(lambda _, arguments: entered.add(arguments[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(codes, mel, targets)
+    assert entered == {torch.float32}
 
 
 def test_mel_statistics_survive_a_checkpoint(tmp_path):

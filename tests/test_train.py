@@ -430,14 +430,31 @@ def test_a_run_continues_where_its_codec_has_another_name(run, tmp_path, tiny_co
 
 
 def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(run, tmp_path):
-    sizes, validation = set(), data.Dataset.validation
+    sizes, validation = [], data.Dataset.validation
 
-    def recorded(self, context, batch_size):
-        sizes.add(batch_size)
-        return validation(self, context, batch_size)
+    def recorded(self, context, batch_size, *args):
+        sizes.append(batch_size)
+        return validation(self, context, batch_size, *args)
     with mock.patch.object(data.Dataset, "validation", recorded):
         assert run(tmp_path, "--batch-size", 4, "--accumulate", 2).code == 0
-    assert sizes == {2}
+        assert set(sizes) == {2}
+        model, checkpoint = load_checkpoint(tmp_path / "out.pt")
+        train.evaluate(model, data.Dataset(run.cache / checkpoint["data_key"]), 10**6)
+    assert sizes[-1] == 65_535 // 32                          # as many frames as CUDA's attention takes
+
+
+@pytest.mark.parametrize("options, K", [(["--n-codebooks", 1], 1), (["--n-codebooks", 3], 3),
+                                        (["--n-codebooks", 1, "--set", "n_input_codebooks=5"], 5)])
+def test_batches_hold_the_codes_that_the_model_uses_and_no_more(run, tmp_path, options, K):
+    shapes, gather = set(), data.Dataset.gather
+
+    def recorded(self, *args):
+        rows = gather(self, *args)
+        shapes.update((rows[0].shape[1], rows[2].shape[1]))
+        return rows
+    with mock.patch.object(data.Dataset, "gather", recorded):
+        assert run(tmp_path, *options, "--steps", 1).code == 0
+    assert shapes == {K}
 
 
 def test_batches_of_stretches_are_as_large_as_others(run, tmp_path):
@@ -449,7 +466,7 @@ def test_batches_of_stretches_are_as_large_as_others(run, tmp_path):
         return rows
     with mock.patch.object(data.Dataset, "batch", recorded):
         assert run(tmp_path, "--batch-size", 4, "--stretch", 64).code == 0
-    assert drawn == {(4, 32, 64, (4, 8, 32))}
+    assert drawn == {(4, 32, 64, 8, (4, 8, 32))}
 
 
 def test_every_other_crop_is_shown_the_mel_that_is_mixed_in(run, tmp_path):

@@ -138,7 +138,7 @@ def parse_arguments():
         "of the original audio), to measure whether it helps to know both (default: off)")
     add("--own-details", action="store_true", help="in training use, in every other crop, the mel decoded from the "
         "right coarse codes and finer ones that the model itself has drawn (a kind of scheduled sampling); on a CPU a "
-        "step takes four times as long")
+        "step takes three to four times as long")
     add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
     add("--latents", action="store_true", help="use the codec's own vectors instead: the decoder's input for K "
         "codebooks or, with --mel-codebooks 0, the encoder's output before it is quantised")

@@ -437,6 +437,7 @@ class Dataset:
 
     def batch(self, seed, step, batch_size, context, stretch=None, n_codebooks=None):
         """A training batch, a pure function of its arguments: codes and targets (B, K, T), mel (B, T, 80) float16.
+
         Each row is centred on a frame drawn uniformly from the training split, then moved to lie inside its clip,
         so that the first frames of a clip, where sampling starts, come up often. With `stretch`, a multiple of
         `context`, pieces of `stretch` frames are drawn instead and cut into rows: neighbours, from fewer places.
@@ -473,7 +474,7 @@ class Dataset:
         """Crops (clip start, clip end, offset, first scored position) -> padded tensors, the inputs one frame late.
 
         Position p of a row predicts frame offset + p of the clip and is shown frame offset + p - 1; before the
-        clip's first frame it is shown START.
+        clip's first frame it is shown START. n_codebooks: as in `batch`.
         """
         B, all_codes, all_mel = len(crops), self.codes[:, :n_codebooks], self.mel
         codes = np.zeros((B, all_codes.shape[1], context), np.int64)

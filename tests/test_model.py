@@ -192,7 +192,7 @@ def test_the_coarse_code_is_predicted_as_without_finer_ones():
 @torch.no_grad()
 def test_a_finer_code_depends_on_its_frame_and_the_coarser_codes_of_it_and_on_nothing_else():
     model, (codes, mel, targets) = make(DEEP), inputs(12)
-    x = model.backbone(codes, mel)                               # (2, 12, n_embd)
+    x = model.backbone(codes, mel)                            # (2, 12, n_embd)
     x, chosen = x[:, 5], targets[:, :3, 5]                    # one frame of either clip
     logits = model.finer_logits(x, chosen)
     assert logits.shape == (2, 3, 1024)

@@ -40,6 +40,8 @@ codes8    as `nano-gpt` and as `nano` in shipped, but reading all eight codes of
           do: instead of the mel, and beside it
 own       as `nano` in shipped, but given the mel of its own finer codes in half of the crops. (The models in assets/
           are from shipped and own: on speech `nano-own`, on music `nano`, and `nano-gpt`)
+recorded  as `nano` in shipped, but trained on the mel of recordings: what it generates shows what the gap costs. One
+          seed
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but as many targets a step: the longer
           the context, the fewer places they come from
 short     the same three with 32 positions, where music gains most, three seeds; and again from as few places a step as
@@ -125,6 +127,7 @@ EXPERIMENTS = {
     "codes8": {"nano-codes8-steps1200": [*NANO_GPT, "--steps", "1200", *CODES8],
                "nano-both8-steps1200": [*NANO, "--steps", "1200", *CODES8]},
     "own": {"nano-own-steps1200": [*NANO, "--steps", "1200", "--own-details"]},
+    "recorded": {"nano-recorded-steps1200": [*NANO, "--steps", "1200", "--mel-codebooks", "0"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32{suffix}": [*options, "--context", "32", "--batch-size", "128", *stretch]
@@ -152,7 +155,7 @@ def twin(model):
 
     nano-noise-steps600 -> nano-gpt-steps600, coarse-both8 -> coarse-gpt, coarse-late-cut192 -> coarse-gpt-late"""
     kind = model.split("-")[0]                                # coarse or nano
-    name = re.sub(r"-(heard|noise|mix|own|codes|both)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
+    name = re.sub(r"-(heard|noise|mix|own|recorded|codes|both)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
     return name if name in MODELS else f"{kind}-gpt" + "-late" * ("-late-" in model)
 
 

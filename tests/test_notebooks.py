@@ -300,8 +300,8 @@ def test_closeness_hears_log_mel_and_its_change():
 
 
 @pytest.mark.parametrize("model, rate", [
-    ("coarse-heard", "1"), ("nano-recorded-steps1200", "1"), ("nano-gpt-steps1200", "2"), ("coarse-gpt-plain", "2"),
-    ("coarse-codes8", "3"), ("nano-codes8-steps1200", "3"), ("nano-both8-steps1200", "6"),
+    ("coarse-heard", "1"), ("nano-recorded-steps1200", "1"), ("nano-gpt-steps1200", "2"),
+    ("coarse-gpt-plain", "2"), ("coarse-codes8", "3"), ("nano-codes8-steps1200", "3"), ("nano-both8-steps1200", "6"),
     ("hybrid-heard-steps1200", "5"), ("coarse-width64", "2")])
 def test_a_variant_uses_the_rate_of_what_it_varies(model, rate):
     chosen = {"coarse": "1", "coarse-gpt": "2", "coarse-codes8": "3", "hybrid": "4", "hybrid-steps1200": "5",

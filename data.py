@@ -12,7 +12,7 @@ decoder's input.
     mel_statistics.npz   mean and covariance of the training split's mel
     meta.json            sources, settings, the split, counts
 
-    >>> data = prepare("speech", load_codec("mini"))          # later calls only open it
+    >>> data = prepare("speech", load_codec("mini"), mel_codebooks=8)         # as for nano; later calls only open it
     >>> codes, mel, targets = data.batch(seed=0, step=0, batch_size=16, context=256)
 
 Encoding is most of the work. Files of about the same length go through the codec side by side, on a GPU or on all cores
@@ -247,7 +247,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "mel_floor": FLOOR,
                  "n_mels": codec.vectors.shape[-1] if latents else N_MELS, "latents": latents,
                  "mel_codebooks": mel_codebooks, "lookahead": lookahead, "window": window}
-    # any change gives another key, so an old cache is never mistaken for a new one
+    # any change of these gives another key; after a change of the code raise "format", or an old cache would be taken
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
     short = os.fsencode(name)[:150].decode(errors="ignore")   # a file name may have 255 bytes
@@ -459,12 +459,12 @@ class Dataset:
 
         Crops overlap by half and only the second half of each is scored, except for a clip's first crop, which is
         scored whole: so every target counts once, with at least half a context behind it wherever the clip has that
-        much. `context` must be even.
+        much. `context` must be at least 2.
         """
         half = context // 2
-        crops = [(i, start, end, offset, half if offset else 0)
+        crops = [(i, start, end, offset, context - half if offset else 0)
                  for i, (start, end) in enumerate(self.val)
-                 for offset in [0, *range(half, end - start - half, half)]]
+                 for offset in [0, *range(half, end - start - (context - half), half)]]
         for i in range(0, len(crops), batch_size):
             part = crops[i:i + batch_size]
             clips = torch.tensor([crop[0] for crop in part])

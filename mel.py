@@ -128,8 +128,8 @@ def log_mel(wave, lookahead=0, window=WINDOW):
     wave (B, N) or (N,) float32 in [-1, 1] -> (B, T, 80) or (T, 80), T = N // 320; raw natural-log power, not
     whitened. Without a lookahead, frame t depends on samples before (t+1)*HOP only. Differentiable, on any device.
     lookahead: for experiments. N > 0: the window ends N samples *past* the frame, and what it sees there is a leak.
-        -N: the same window, but the samples past the frame are zero. The leak is worth at most the difference in score
-        between N and -N, since the hard edge may cost something, too
+        -N: the same window, but the samples past the frame are zero. The difference in score between N and -N is about
+        what the leak is worth; the hard edge may cost or bring something, too
     window: (rise, fall) as in `asymmetric_window`; use HANN where nothing is to be predicted
     Raises ValueError for another number of dimensions, or a window or lookahead that does not fit into 1024 samples.
     """
@@ -149,7 +149,7 @@ def check_window(lookahead, window):
 
 
 def _log_mel(segments, lookahead, window):
-    """Segments of samples (..., T, 1024) -> (..., T, 80).
+    """Segments of samples (..., T, 1024) -> (..., T, 80). Every mel, for training and for sampling, is made here.
 
     With a negative lookahead -N the segments given end with their frame; they are moved N samples on, into zeros.
     """
@@ -176,6 +176,6 @@ class StreamingLogMel:
         wave = torch.cat([self.tail, samples], dim=-1)
         n_frames = max(0, (wave.shape[-1] - (N_FFT - HOP)) // HOP)
         self.tail = wave[..., n_frames * HOP:].clone()                            # a view would keep all of wave
-        if n_frames == 0:                      # nothing to unfold
-            return samples.new_zeros(*samples.shape[:-1], 0, N_MELS)
-        return _log_mel(wave.unfold(-1, N_FFT, HOP), self.lookahead, self.window)
+        # without a whole frame there is nothing to unfold
+        segments = wave.unfold(-1, N_FFT, HOP) if n_frames else wave.new_zeros(*wave.shape[:-1], 0, N_FFT)
+        return _log_mel(segments, self.lookahead, self.window)

@@ -21,7 +21,9 @@ codes 1 to k and predicts code k + 1; in training these are the right ones (teac
 
 Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention, a SiLU MLP, no biases.
 
-    >>> model = HybridGPT(PRESETS["nano"])               # K = 8
+    >>> model = HybridGPT(PRESETS["nano"])                          # K = 8
+    >>> model.set_mel_statistics(*data.mel_statistics)              # before training
+    >>> codes, mel, targets = data.batch(0, 0, 16, 256)             # a data.Dataset: inputs are one frame late
     >>> logits, losses = model(codes, mel, targets)      # (B, K, T), (B, T, 80), (B, K, T) -> (B, T, 1024), (K,)
 """
 import io
@@ -229,7 +231,8 @@ class HybridGPT(nn.Module):
             # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions
             # (those of the backbone, for the two small transformers, too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
-            nn.init.normal_(p, mean=0.0, std=std)
+            if p.dim() > 1:                                   # not a norm's gain, should there be one some day
+                nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1 whatever the branches, so that twins differ only in what they read.
         # finer_embedding and depth_embedding stay small: they are thousands of rarely used random vectors, which at
         # full size would drown what they are added to until each is learnt
@@ -364,8 +367,11 @@ FORMAT = "whisper-gpt-5"             # weights of format 4 would load, but know 
 
 
 def to_checkpoint(model, **facts):
-    """What a checkpoint holds: configuration, weights and `facts`; plain types and tensors only."""
-    return {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **facts}
+    """What a checkpoint holds: configuration, weights and `facts`; plain types and tensors only.
+
+    sample.py and --eval need to know the data: give them a `Dataset`'s meta as facts.
+    """
+    return {**facts, "format": FORMAT, "config": asdict(model.config), "model": model.state_dict()}
 
 
 def write_whole(path, content):
@@ -403,8 +409,8 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint '{path}': train.py writes one") from error
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
-        raise CheckpointError(f"{path} is not a whole checkpoint written by train.py "
-                              f"({type(error).__name__})") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]       # some have many lines
+        raise CheckpointError(f"{path} is not a whole checkpoint of this train.py ({reason})") from error
     if not known:
         raise CheckpointError(f"{path} is of format {checkpoint['format']}, and this is {FORMAT}: train it anew")
     return model.to(device).eval(), checkpoint

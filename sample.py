@@ -75,8 +75,8 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
     """Yield (codes (B, K, 1), wave (B, 320)) frame by frame: the prompt as the codec decodes it, then `n_frames` new.
 
     model: a `HybridGPT` of K codebooks in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
-    prompt: codes (1, K, P) or None; temperature: of the coarse code; finer_temperature: of the finer codes (None: the
-        same); how: top_k, top_p and generator, for every `draw`
+    prompt: codes (1, K or more, P) or None; temperature: of the coarse code; finer_temperature: of the finer codes
+        (None: the same); how: top_k, top_p and generator, for every `draw`
     The prompt and its continuation run through one codec state, so there is no seam between them. Yields inference
     tensors: clone them before training on them.
     """
@@ -90,7 +90,7 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
     for t in range(n_prompt + n_frames):
         x = model.backbone(codes, mel, cache)[:, 0]           # (B, n_embd)
         if t < n_prompt:
-            codes = prompt[:, :, t:t + 1].expand(num, -1, 1).to(device)
+            codes = prompt[:, :model.config.n_codebooks, t:t + 1].expand(num, -1, 1).to(device)
         else:
             coarse = draw(model.head(x), temperature, **how)                  # (B,)
             codes = model.draw_finer(x, coarse, draw=lambda logits: draw(logits, finer_temperature, **how))[:, :, None]

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from corpora import CORPORA, DISK_FULL
 from data import MEL_OPTIONS, DataError, check_mel, prepare
-from mel import WINDOW, log_mel
+from mel import N_MELS, WINDOW, log_mel
 from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
                    load_checkpoint, save, to_checkpoint)
 from tokens import CodecError, load_codec
@@ -150,7 +150,7 @@ def parse_arguments():
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, default="nano", help="preset of model.py (default: %(default)s)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
-    add("--context", type=int, help="positions the model sees, 75 a second; even (default: the preset's)")
+    add("--context", type=int, help="positions the model sees, 75 a second (default: the preset's)")
     add("--dropout", type=float, default=0.1, help="default: %(default)s")
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="other fields of model.py's "
         "Config, for example use_codes=False n_mel_layer=2")
@@ -180,8 +180,8 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="start anew although --out exists")
     add("--eval", metavar="CKPT", help="print a checkpoint's validation figures, each clip's NLL too, and stop")
     args = parser.parse_args()
-    for name, least in dict(steps=1, batch_size=1, stretch=1, accumulate=1, eval_every=1, n_codebooks=1, warmup=0,
-                            weight_decay=0, seed=0, mel_codebooks=0, mix=0).items():
+    for name, least in dict(steps=1, batch_size=1, stretch=1, accumulate=1, eval_every=1, n_codebooks=1, context=2,
+                            warmup=0, weight_decay=0, seed=0, mel_codebooks=0, mix=0).items():
         value = getattr(args, name)
         if value is not None and not least <= value < 2**63:                      # false for nan, too
             parser.error(f"--{name.replace('_', '-')} must be at least {least} and below 2**63")
@@ -192,14 +192,13 @@ def parse_arguments():
         field, _, value = word.partition("=")
         try:                                                  # bool("False") would be True
             fields[field] = {"True": True, "False": False}[value] if types[field] is bool else types[field](value)
-        except (KeyError, ValueError):
+        except (KeyError, TypeError, ValueError):
             parser.error(f"--set {word}: wants FIELD=VALUE of model.py's Config, the value of that field's type "
                          "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
     args.set = fields
     if not ((args.lr is None or 0 < args.lr < math.inf) and args.clip > 0 and 0 <= args.dropout < 1):
         parser.error("--lr and --clip must be above 0, --dropout at least 0 and below 1")
-    if args.context is not None and (args.context < 2 or args.context % 2):
-        parser.error("--context must be an even number of positions, 2 or more")
+
     if not args.out.endswith(".pt") or Path(args.out).is_dir():
         parser.error(f"--out {args.out} must be a file and end in .pt")
     if args.resume and args.overwrite:
@@ -251,8 +250,7 @@ def new_model(args, codec):
     """The untrained model that the options describe."""
     config = dataclasses.replace(PRESETS[args.model], dropout=args.dropout, context=args.context,
                                  n_codebooks=args.n_codebooks, **args.set)
-    if args.latents:
-        config.n_mels = codec.vectors.shape[-1]
+    config.n_mels = codec.vectors.shape[-1] if args.latents else N_MELS
     if config.n_used_codebooks > codec.n_codebooks:
         raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {config.n_used_codebooks}: choose "
                          "--n-codebooks and n_input_codebooks")

@@ -643,14 +643,15 @@ def scored(dataset, context, batch_size):
     return out
 
 
-@pytest.mark.parametrize("context", [2, 8, 32, 64, 300])
+@pytest.mark.parametrize("context", [2, 3, 8, 31, 32, 64, 300])
 def test_validation_scores_every_target_of_every_clip_once(mixed, context):
     rows = [s[0] for s in scored(mixed, context, 4)]
     assert sorted(rows) == [row for start, end in mixed.val for row in range(start, end)]
 
 
-def test_validation_scores_nothing_with_less_than_half_a_context_except_at_a_clips_start(mixed):
-    for row, position, first_code, clip in scored(mixed, 32, 4):
+@pytest.mark.parametrize("context", [31, 32])
+def test_validation_scores_nothing_with_less_than_half_a_context_except_at_a_clips_start(mixed, context):
+    for row, position, first_code, clip in scored(mixed, context, 4):
         start, end = mixed.val[clip]
         assert start <= row < end                             # the clip named is the target's
         if first_code == START:

@@ -523,7 +523,17 @@ def test_a_checkpoint_that_cannot_be_used_is_one_clear_line_and_runs_no_code(tmp
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(tmp_path / f"{name}.pt")
         assert f"{name}.pt" in str(caught.value) and "\n" not in str(caught.value)
+        assert ("mel_in.weight" in str(caught.value)) == (name == "misfit")       # says what does not fit
     assert not (tmp_path / "ran").exists()
+
+
+def test_only_matrices_are_drawn_at_random(monkeypatch):
+    class Gained(Block):                                # a fork's block, with a norm that has a gain
+        def __init__(self, n_embd, *sizes):
+            super().__init__(n_embd, *sizes)
+            self.norm = torch.nn.RMSNorm(n_embd)
+    monkeypatch.setattr("model.Block", Gained)
+    assert all((block.norm.weight == 1).all() for block in HybridGPT(HYBRID).blocks)
 
 
 def test_a_context_shorter_than_the_codes_of_a_frame_works():

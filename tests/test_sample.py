@@ -26,7 +26,7 @@ import data
 import sample
 from bench_sample import recompute
 from mel import HOP, log_mel
-from model import START, Config, HybridGPT
+from model import START, Config, HybridGPT, save, to_checkpoint
 from sample import draw, generate
 from tokens import StreamDecoder, load_codec
 
@@ -335,6 +335,20 @@ def test_two_runs_with_the_same_output_do_not_mix(run, ckpt, tmp_path):
     assert len(soundfile.read(tmp_path / "sample.wav")[0]) == 30 * HOP
     other.terminate()
     assert other.wait(timeout=60) == 143 and [path.name for path in tmp_path.iterdir()] == ["sample.wav"]
+
+
+def test_a_checkpoint_made_by_hand_can_be_sampled_from_and_scored(run, ckpt, tmp_path, tiny_codec, tiny_codec_file):
+    clips = ckpt.with_name("clips")
+    dataset = data.prepare(clips, tiny_codec, tmp_path / "cache", quiet=True, mel_codebooks=2)
+    model = HybridGPT(Config(n_layer=1, n_head=2, n_embd=32, n_inner=64, n_codebooks=2, n_depth_embd=16, context=16))
+    model.set_mel_statistics(*dataset.mel_statistics)
+    save(tmp_path / "mine.pt", to_checkpoint(model, **dataset.meta))
+    result = run("--ckpt", "mine.pt", "--codec", tiny_codec_file)
+    assert result.code == 0 and not result.err
+    prepare = functools.partial(data.prepare, cache=tmp_path / "cache", quiet=True)
+    scored = run_script(tmp_path, SCRIPT.with_name("train.py"), "--eval", "mine.pt", "--codec", tiny_codec_file,
+                        "--dataset", clips, "--device", "cpu", prepare=prepare)
+    assert json.loads(scored.out)["mel_codebooks"] == 2
 
 
 def test_prompt_and_output_may_be_the_same_file(run, tmp_path):

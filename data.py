@@ -189,11 +189,6 @@ def _files(top):
         yield from (Path(here) / file for file in files)
 
 
-def _split_by_folder(names, dataset):
-    """Are the top-level folders train/ and val/ the split? Never for a dataset of corpora.py, which has its own."""
-    return dataset not in CORPORA and {"train", "val"} <= {name.split("/")[0] for name in names}
-
-
 def split_clips(names, dataset=None):
     """Which clips validate: bool per name (relative path).
 
@@ -205,8 +200,9 @@ def split_clips(names, dataset=None):
     corpus = CORPORA.get(dataset)
     if corpus and corpus.val:
         return [name.startswith(f"{corpus.val}/") for name in names]
-    if _split_by_folder(names, dataset):
-        if others := {name.split("/")[0] for name in names} - {"train", "val"}:
+    tops = {name.split("/")[0] for name in names}
+    if {"train", "val"} <= tops:
+        if others := tops - {"train", "val"}:
             raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
         return [name.startswith("val/") for name in names]
     groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
@@ -352,7 +348,7 @@ def _join(unfinished, dataset, name, names, made_with, problems):
     lengths = [path.stat().st_size // (2 * width) for path in paths]                      # in frames
     ends, n_frames = np.cumsum(lengths), sum(lengths)
     clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable]
-    if _split_by_folder(names, dataset):                      # even if one side has lost all its files
+    if {"train", "val"} <= {n.split("/")[0] for n in names}:  # even if one side has lost all its files
         is_val = [name.startswith("val/") for name in used]
     elif len(used) > 1:
         is_val = split_clips(used, dataset)
@@ -415,13 +411,11 @@ class Dataset:
             self.fingerprint = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
             is_val = np.array([clip["val"] for clip in self.meta["clips"]])
             self.train, self.val = clips[~is_val], clips[is_val]
-            codes, mel = self.codes, self.mel
-            fits = (codes.ndim == mel.ndim == 2 and len(codes) == len(mel)
-                    and mel.shape[1] == len(self.mel_statistics[0])
-                    and codes.dtype == np.uint16 and mel.dtype == np.float16 and clips.dtype == np.int64
-                    and 0 <= clips.min() <= clips.max() <= len(codes) and (clips[:, 0] < clips[:, 1]).all()
-                    and len(self.train) and len(self.val)
-                    and self.meta["train_frames"] + self.meta["val_frames"] == len(codes))
+            n_frames, n_mels = self.meta["train_frames"] + self.meta["val_frames"], len(self.mel_statistics[0])
+            fits = (self.codes.ndim == 2 and self.codes.dtype == np.uint16 and len(self.codes) == n_frames
+                    and self.mel.shape == (n_frames, n_mels) and self.mel.dtype == np.float16
+                    and clips.dtype == np.int64 and (clips[:, 0] < clips[:, 1]).all()
+                    and 0 <= clips.min() <= clips.max() <= n_frames and len(self.train) and len(self.val))
         except Exception as error:                            # damaged arrays make numpy raise almost anything
             raise self.damaged(type(error).__name__) from error
         if not fits:

@@ -198,9 +198,10 @@ def parse_arguments():
     args.set = fields
     if not ((args.lr is None or 0 < args.lr < math.inf) and args.clip > 0 and 0 <= args.dropout < 1):
         parser.error("--lr and --clip must be above 0, --dropout at least 0 and below 1")
-
-    if not args.out.endswith(".pt") or Path(args.out).is_dir():
-        parser.error(f"--out {args.out} must be a file and end in .pt")
+    out = Path(args.out)
+    if args.eval is None and (not args.out.endswith(".pt") or out.is_dir() or not out.parent.is_dir()
+                              or not os.access(out.parent, os.W_OK)):
+        parser.error(f"cannot write --out {out}: it must be a .pt file in an existing, writable folder")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
     # Which options were given? Parse once more, into a namespace in which every option is None already: argparse sets
@@ -297,9 +298,8 @@ def cannot_be_sampled(config, shown):
         return "was trained on --latents, not on a mel"
 
 
-def check_options(args, model, out):
-    """Exit in one line, now and not after an hour of encoding, if options contradict each other or `out` cannot be
-    written."""
+def check_options(args, config):
+    """Exit in one line, now and not after an hour of encoding, if options contradict each other."""
     if args.batch_size % (args.accumulate * WORLD):
         sys.exit(f"error: --accumulate {args.accumulate}" + (f" times {WORLD} processes" if WORLD > 1 else "")
                  + f" must divide --batch-size {args.batch_size}")
@@ -307,9 +307,6 @@ def check_options(args, model, out):
     if stretch % args.context or positions % stretch:
         sys.exit(f"error: --stretch {stretch} must be a multiple of the context, {args.context}, and divide the batch, "
                  f"{positions} positions")
-    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        sys.exit(f"error: cannot write {out}: --out takes a .pt file in an existing, writable folder")
-    config = model.config
     if args.own_details and (args.mix is not None or not config.use_mel or config.n_input_codebooks > 1
                              or not 1 < config.n_codebooks == args.mel_codebooks
                              or cannot_be_sampled(config, vars(args))):
@@ -379,8 +376,8 @@ def main():
     else:
         fill_defaults(args, (out, last, log_path))
         codec = load_codec(args.codec, device, args.codec_dir)
-        model = new_model(args, codec)
-    check_options(args, model, out)
+        model = new_model(args, codec).to(device)
+    check_options(args, model.config)
     mel_options = {name: getattr(args, name) for name in MEL_OPTIONS}
     other_mel = {**mel_options, "mel_codebooks": args.mix}
     if args.mix is not None:                                  # found now, not after an hour of encoding
@@ -391,12 +388,7 @@ def main():
     unigram = data.unigram_nll() if MASTER else 0.0           # reads all codes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
-    # --- model, optimiser
-    if not args.resume:
-        model.set_mel_statistics(*data.mel_statistics)
-        model.to(device)
-        if MASTER:
-            last.unlink(missing_ok=True)                      # --overwrite: the old run must not be resumed
+    # --- model, optimiser, log
     model.train()
     # no weight decay for embeddings: it would shrink the rows of rare codes at every step, and few steps train them
     decayed = [p for name, p in model.named_parameters() if "embedding" not in name]
@@ -404,7 +396,7 @@ def main():
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
                                    {"params": embeddings, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), fused=True)
-    step, tokens_seen, seconds, best = 0, 0, 0.0, math.inf
+    step, tokens_seen, seconds, best, log_size = 0, 0, 0.0, math.inf, 0
     if args.resume:
         if checkpoint["audio"] != data.fingerprint:
             raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now")
@@ -412,15 +404,17 @@ def main():
         step, tokens_seen, seconds, log_size = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "log_size"))
         best = checkpoint["best"] if out.exists() else math.inf         # without it the next evaluation is the best
         checkpoint = None                                     # frees its memory
+    else:
+        model.set_mel_statistics(*data.mel_statistics)
+        if MASTER:
+            last.unlink(missing_ok=True)                      # --overwrite: the old run must not be resumed
+    log = open(log_path, "a")
+    if MASTER:
+        log.truncate(min(log.tell(), log_size))               # --resume repeats the steps that were logged after that
     compiled = device.type == "cuda" if args.compile is None else args.compile
     wrapped = torch.compile(model) if compiled else model
     if WORLD > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
-
-    # --- the log
-    log = open(log_path, "a" if args.resume else "w")
-    if args.resume and MASTER:
-        log.truncate(min(log.tell(), log_size))               # the steps logged after that are about to be repeated
 
     def write_log(figures):
         print(json.dumps(figures), file=log, flush=True)

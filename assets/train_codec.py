@@ -28,7 +28,6 @@ import argparse
 import copy
 import functools
 import hashlib
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -457,7 +456,7 @@ def main():
     try:
         state = torch.load(last, map_location=args.device, weights_only=True) if args.resume else {"options": {}}
         vars(args).update(state["options"])
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError):
+    except Exception:                # a damaged or foreign file makes torch.load raise almost anything
         sys.exit(f"error: --resume: no {last}, or not one that can be read: start again without --resume")
     try:
         train, held_out = load(args.data)

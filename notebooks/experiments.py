@@ -42,6 +42,7 @@ own       as `nano` in shipped, but given the mel of its own finer codes in half
           are from shipped and own: on speech `nano-own`, on music `nano`, and `nano-gpt`)
 recorded  as `nano` in shipped, but trained on the mel of recordings: what it generates shows what the gap costs. One
           seed
+double    `nano`, `nano-gpt` and `nano-codes8` for 2,400 steps, on six hours of audio. One seed
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but as many targets a step: the longer
           the context, the fewer places they come from
 short     the same three with 32 positions, where music gains most, three seeds; and again from as few places a step as
@@ -128,6 +129,8 @@ EXPERIMENTS = {
                "nano-both8-steps1200": [*NANO, "--steps", "1200", *CODES8]},
     "own": {"nano-own-steps1200": [*NANO, "--steps", "1200", "--own-details"]},
     "recorded": {"nano-recorded-steps1200": [*NANO, "--steps", "1200", "--mel-codebooks", "0"]},
+    "double": {"nano-steps2400": [*NANO, "--steps", "2400"], "nano-gpt-steps2400": [*NANO_GPT, "--steps", "2400"],
+               "nano-codes8-steps2400": [*NANO_GPT, "--steps", "2400", *CODES8]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32{suffix}": [*options, "--context", "32", "--batch-size", "128", *stretch]
@@ -211,38 +214,38 @@ def files_of(dataset, model, lr, seed):
 def run(dataset, model, lr, seed, device="cpu"):
     """Train, unless a result exists; return it: the best evaluation and what it was made with."""
     file, out = files_of(dataset, model, lr, seed)
-    if not read(file):
-        for first, codec in REFITTED.items():
-            if codec in MODELS[model] and not (ROOT / codec).exists():
-                raise RuntimeError(f"no {codec}: make it with python notebooks/refit_codec.py {first}")
-        place = dataset if dataset == label(dataset) else str(Path(dataset).expanduser().resolve())
-        options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", device]
-        if device != "cpu" and "--compile" not in options:    # compiling takes longer than most runs
-            options += ["--no-compile", *([] if "--dtype" in options else ["--dtype", "float32"])]
-        again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
-        made_by = out.with_suffix(".commits")                 # an interrupted run may have used several
-        commits = [commit(), *(made_by.read_text().split() if again == ["--resume"] and made_by.exists() else ())]
-        write_whole(made_by, " ".join(dict.fromkeys(commits)).encode())
-        with open(out.with_suffix(".txt"), "a") as said:
-            done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=said, stderr=said, **ONE_THREAD)
-        last = (Path(said.name).read_text().strip().splitlines() or ["no word"])[-1]
-        if done.returncode and "no longer finite" not in last:        # a diverged run counts, too
-            raise RuntimeError(f"run {file.stem} failed: {last.removeprefix('error: ')} (all of it: {said.name})")
-        log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
-        evaluations = [entry for entry in log if "val_nll" in entry]
-        best = min(evaluations, key=lambda e: e["val_nll"])
-        clips = {key: best.pop(key) for key in ("clip_nll", "clip_targets")}
-        command = "python train.py " + " ".join(options).replace(place, dataset)
-        content = {"command": command, "dataset": label(dataset), "model": model,
-                   "lr": lr, "seed": seed, "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
-                   "best": best, "seconds": evaluations[-1]["seconds"],
-                   "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],
-                   "machine": machine(device=device), "dtype": log[0]["args"]["dtype"], "torch": log[0]["torch"],
-                   "commit": made_by.read_text(),
-                   "scores": {trained_on(model): {"val_nll": best["val_nll"], **clips}}}
-        write(file, content)
-        out.with_suffix(".last.pt").unlink()                  # nothing is left to continue
-    return json.loads(file.read_text())
+    if found := read(file):
+        return found
+    for first, codec in REFITTED.items():
+        if codec in MODELS[model] and not (ROOT / codec).exists():
+            raise RuntimeError(f"no {codec}: make it with python notebooks/refit_codec.py {first}")
+    place = dataset if dataset == label(dataset) else str(Path(dataset).expanduser().resolve())
+    options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", device]
+    if device != "cpu" and "--compile" not in options:        # compiling takes longer than most runs
+        options += ["--no-compile", *([] if "--dtype" in options else ["--dtype", "float32"])]
+    again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
+    made_by = out.with_suffix(".commits")                     # an interrupted run may have used several
+    commits = [commit(), *(made_by.read_text().split() if again == ["--resume"] and made_by.exists() else ())]
+    write_whole(made_by, " ".join(dict.fromkeys(commits)).encode())
+    with open(out.with_suffix(".txt"), "a") as said:
+        done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=said, stderr=said, **ONE_THREAD)
+    last = (Path(said.name).read_text().strip().splitlines() or ["no word"])[-1]
+    if done.returncode and "no longer finite" not in last:            # a diverged run counts, too
+        raise RuntimeError(f"run {file.stem} failed: {last.removeprefix('error: ')} (all of it: {said.name})")
+    log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    evaluations = [entry for entry in log if "val_nll" in entry]
+    best = min(evaluations, key=lambda e: e["val_nll"])
+    clips = {key: best.pop(key) for key in ("clip_nll", "clip_targets")}
+    command = "python train.py " + " ".join(options).replace(place, dataset)
+    content = {"command": command, "dataset": label(dataset), "model": model, "lr": lr, "seed": seed,
+               "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
+               "best": best, "seconds": evaluations[-1]["seconds"],
+               "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],
+               "machine": machine(device=device), "dtype": log[0]["args"]["dtype"], "torch": log[0]["torch"],
+               "commit": made_by.read_text(), "scores": {trained_on(model): {"val_nll": best["val_nll"], **clips}}}
+    write(file, content)
+    out.with_suffix(".last.pt").unlink()                      # nothing is left to continue
+    return content
 
 
 def score(dataset, model, lr, seed, device="cpu"):
@@ -334,7 +337,7 @@ def choose_rates(questions, dataset, device, pool):
     tried = [(model, lr) for lr in PAPER_RATES for question in ("paper", "scale") if question in questions
              for model in EXPERIMENTS[question] if "-heard" not in model and "-late" not in model]
     small = ["coarse", "coarse-gpt"] * bool({*questions} - {"paper", "scale"})
-    small += ["coarse-codes8", "coarse-both8"] * bool({"streams", "codes8"} & {*questions})  # they have other inputs
+    small += ["coarse-codes8", "coarse-both8"] * bool({"streams", "codes8", "double"} & {*questions})     # other inputs
     tried += [(model, lr) for lr in LEARNING_RATES for model in small]
     found = list(pool.map(lambda pair: run(dataset, *pair, 0, device)["best"]["val_nll"], tried))
     nll = dict(zip(tried, found))

@@ -14,9 +14,9 @@ LibriSpeech (Panayotov et al., ICASSP 2015) is the paper's corpus. FMA small (De
 music corpus because it holds real recordings of many styles, published as one archive with a checksum, under licences
 that allow research; MusicNet and MAESTRO hold classical music only (MAESTRO only piano), and GTZAN has no licence.
 
-An archive is used only if its checksum is the one its publishers print. Nothing in it can write outside its folder. A
+An archive is used only if its checksum is the one its publishers give. Nothing in it can write outside its folder. A
 copy that you already have will do: corpora/LibriSpeech may be a link to it. (Downloads still pass through corpora/; to
-put them on a larger disk, let corpora itself be a link.)
+put them on a larger disk, make corpora itself a link.)
 """
 import contextlib
 import errno
@@ -90,7 +90,7 @@ def locked(folder):
                 print(f"waiting for another process to finish with {folder}", file=sys.stderr)
                 fcntl.lockf(file, fcntl.LOCK_EX)
             except OSError as error:                          # a network disk without locks
-                raise DataError(f"{folder} cannot be locked ({error.strerror}): let it be a link to a local "
+                raise DataError(f"{folder} cannot be locked ({error.strerror}): make it a link to a local "
                                 "disk") from error
         yield
 
@@ -127,7 +127,7 @@ def disk_errors(folder):
         if error.errno not in DISK_FULL:
             raise
         what = "files of this size cannot be kept" if error.errno == errno.EFBIG else "no space left"
-        raise DataError(f"{what} in {folder}: make room there, or let it be a link to another disk, and run the same "
+        raise DataError(f"{what} in {folder}: make room there, or make it a link to another disk, and run the same "
                         "command again; it goes on from where it stopped") from error
 
 
@@ -189,7 +189,7 @@ def _receive(url, path, have, bar):
         total = (have + int(length)) if length else None
         if total and shutil.disk_usage(path.parent).free < 2 * total - have:              # packed and unpacked
             raise DataError(f"{path.parent} has not the {(2 * total - have) / 1e9:.1f} GB of free space that "
-                            f"{path.name} needs, packed and unpacked: make room, or let that folder be a link to a "
+                            f"{path.name} needs, packed and unpacked: make room, or make that folder a link to a "
                             "larger disk")
         bar.total, bar.n = total, have
         with open(path, "r+b" if have else "wb") as file:

@@ -49,8 +49,8 @@ MEL_OPTIONS = ("mel_codebooks", "latents", "lookahead", "window")      # those o
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
-LONG = 60                            # seconds: on a CPU a longer file is encoded on its own, and less audio than this
-                                     # in all by a single process
+LONG = 60                            # seconds: on a CPU a longer file is encoded on its own; if all files together are
+                                     # shorter, a single process encodes them
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {".oga", ".opus", ".aif"}
 
 
@@ -110,10 +110,10 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
     encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
     spectrogram = StreamingLogMel(lookahead, window)
     # All files share one codec state, one row each, and go in step: n_done frames of every row have been yielded. With
-    # a lookahead of N samples a frame's mel comes N samples after its codes: these wait, and N zeros follow every file.
+    # a lookahead of N samples a frame's mel comes N samples after its codes: codes wait, and N zeros follow every file.
     ahead = max(0, lookahead)
     readers = [read_blocks(path, block_size, ahead) for path in paths]
-    n_samples, n_done = [0] * len(paths), 0                   # read of each file, its N zeros included; frames of all
+    n_samples, n_done = [0] * len(paths), 0                   # samples read of each file, with its N zeros; frames done
     waiting = torch.zeros(len(paths), codec.n_codebooks, 0, dtype=torch.long, device=codec.device)
     with ThreadPoolExecutor(len(paths)) as pool:              # files are read side by side, and while the codec works
         reading = {i: pool.submit(next, reader) for i, reader in enumerate(readers)}      # files not yet at their end
@@ -190,12 +190,12 @@ def _files(top):
 
 
 def split_clips(names, dataset=None):
-    """Which clips validate: bool per name (relative path).
+    """Which clips are for validation: a bool per name (relative path).
 
     With top-level folders train/ and val/, those in val/; DataError if there is something beside these two, as nobody
     could tell which side it belongs to. Otherwise about a tenth, those whose path's hash is low, so that adding a file
-    moves no other; only in a small folder, where no hash is that low, the lowest validates, and a new file may take its
-    place. A dataset of corpora.py has a split of its own, or groups of clips (of one speaker, say) that stay together.
+    moves no other; in a small folder, where no hash is that low, the lowest is used, and a new file may replace it.
+    A dataset of corpora.py has a split of its own, or groups of clips (of one speaker, say) that stay together.
     """
     corpus = CORPORA.get(dataset)
     if corpus and corpus.val:
@@ -232,7 +232,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     that its content depends on: files (path, size, time), codec and its checksum, mel settings. Files that cannot be
     used are skipped and named in one line.
     Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be made, or the disk is full
-    or must not be written to.
+    or not writable.
     """
     check_mel(codec, mel_codebooks, latents, lookahead, window)
     folder, names = find_audio(dataset, cache)
@@ -344,7 +344,7 @@ def _join(unfinished, dataset, name, names, made_with, problems):
     if not usable:
         raise DataError(f"nothing usable in dataset '{name}': all {len(names)} files were skipped")
     K, n_mels = made_with["n_codebooks"], made_with["n_mels"]
-    paths, width = [unfinished / "clips" / f"{i}.clip" for i in usable], K + n_mels       # of a row, 2 bytes each
+    paths, width = [unfinished / "clips" / f"{i}.clip" for i in usable], K + n_mels       # numbers a row, 2 bytes each
     lengths = [path.stat().st_size // (2 * width) for path in paths]                      # in frames
     ends, n_frames = np.cumsum(lengths), sum(lengths)
     clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable]

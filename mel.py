@@ -12,14 +12,14 @@ one column of codec tokens stands for, and its window ends exactly there:
 
 The usual window is centred on the frame's first sample and so, if it has 1024, reaches 192 samples past (t+1)*HOP, into
 the audio of the token that a model at this position has to predict. That makes the likelihood look better than it is,
-and it is impossible while sampling, when that audio does not exist yet. `lookahead` lets the window reach past on
-purpose, to measure how much that leak is worth.
+and it is impossible while sampling, when that audio does not exist yet. `lookahead` lets the window reach that far on
+purpose, to measure how much the leak is worth.
 
 The other is the shape of the window. A Hann window of 1024 samples gives its end almost no weight, and that is where
 the frame's own 320 samples are: they get a tenth of its energy (weights squared). Ours rises for 480 samples and falls
-in the last 32: the frame's own get 97 %, and earlier frames have covered the rest. The first 512 samples have weight
-zero; they only make the spectrum's steps fine enough for the narrow low bands. Low-delay speech coders use such
-asymmetric windows, too (ITU-T G.729, 3.2.1, which looks 5 ms ahead; ours does not).
+over the last 32: the frame's own samples get 97 %, and earlier frames have covered the rest. The first 512 have weight
+zero; they only make the FFT's bins fine enough for the narrow low bands. Low-delay speech coders use such asymmetric
+windows, too (ITU-T G.729, 3.2.1, which looks 5 ms ahead; ours does not).
 
     >>> log_mel(torch.randn(24000)).shape
     torch.Size([75, 80])
@@ -35,8 +35,8 @@ HOP = 8 * 5 * 4 * 2                  # 320 samples: the product of EnCodec's str
 FRAME_RATE = SAMPLE_RATE // HOP      # 75 frames a second, one clock for mel frames, codec tokens and model positions
 N_FFT = 1024                         # samples of a segment, 42.7 ms
 N_MELS = 80
-WINDOW = (480, 32)                   # samples over which it rises, and over which it falls to zero at the frame's end
-HANN = (N_FFT // 2, N_FFT // 2)      # the same of a Hann window
+WINDOW = (480, 32)                   # samples over which the window rises, then falls to zero at the frame's end
+HANN = (N_FFT // 2, N_FFT // 2)      # the same for a Hann window
 FLOOR = 1e-5                         # smallest power that enters the logarithm
 
 
@@ -129,7 +129,7 @@ def log_mel(wave, lookahead=0, window=WINDOW):
     whitened. Without a lookahead, frame t depends on samples before (t+1)*HOP only. Differentiable, on any device.
     lookahead: for experiments. N > 0: the window ends N samples *past* the frame, and what it sees there is a leak.
         -N: the same window, but the samples past the frame are zero. The difference in score between N and -N is about
-        what the leak is worth; the hard edge may cost or bring something, too
+        what the leak is worth; the hard edge may itself help or hurt
     window: (rise, fall) as in `asymmetric_window`; use HANN where nothing is to be predicted
     Raises ValueError for another number of dimensions, or a window or lookahead that does not fit into 1024 samples.
     """
@@ -151,7 +151,7 @@ def check_window(lookahead, window):
 def _log_mel(segments, lookahead, window):
     """Segments of samples (..., T, 1024) -> (..., T, 80). Every mel, for training and for sampling, is made here.
 
-    With a negative lookahead -N the segments given end with their frame; they are moved N samples on, into zeros.
+    With a negative lookahead -N the segments given end with their frame; the first N samples are cut, N zeros appended.
     """
     if lookahead < 0:
         segments = F.pad(segments[..., -lookahead:], (0, -lookahead))

@@ -53,8 +53,8 @@ class Config:
     fuse: str = "concat"             # how the branches meet: "concat", as in the paper, or "add"
     n_mel_layer: int = 1             # light causal blocks over the mel frames
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
-    n_mels: int = 80                 # numbers of a frame that the mel branch is shown
-    mel_noise: float = 0.0           # standard deviation of what is added to the whitened mel in training
+    n_mels: int = 80                 # numbers per frame that the mel branch is shown
+    mel_noise: float = 0.0           # standard deviation of the noise added to the whitened mel in training
     n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
     n_depth_layer: int = 2           # blocks over depth, if K > 1
     n_depth_embd: int = 128          # their width; a multiple of n_embd // n_head
@@ -229,7 +229,7 @@ class HybridGPT(nn.Module):
 
         for name, p in self.named_parameters():
             # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions
-            # (those of the backbone, for the two small transformers, too)
+            # (the two small transformers use the backbone's number, too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
             if p.dim() > 1:                                   # not a norm's gain, should there be one some day
                 nn.init.normal_(p, mean=0.0, std=std)
@@ -238,7 +238,7 @@ class HybridGPT(nn.Module):
         # full size would drown what they are added to until each is learnt
         for name in ("mel_in", "code_embedding", "start_embedding", "fuse", "depth_in"):
             if layer := getattr(self, name, None):
-                n_terms = getattr(layer, "in_features", 1)    # terms of variance 1 that it sums; of an embedding one
+                n_terms = getattr(layer, "in_features", 1)    # terms of variance 1 that it sums; an embedding: one
                 nn.init.normal_(layer.weight, std=n_terms ** -0.5)
 
     def n_params(self):
@@ -319,7 +319,7 @@ class HybridGPT(nn.Module):
                 x = self.fuse(torch.cat([x, m], dim=-1))
             else:
                 x = (x + self.fuse(m)) * 2 ** -0.5                                # the variance stays 1
-            # in bfloat16 a sum of many small steps would lose some of them; an embedding, the twin's start, is float32
+            # the stream stays float32 under autocast, as the twin's does: bfloat16 would lose small additions to it
             x = x.type_as(mel)
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
@@ -363,13 +363,13 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message is one line, meant for the user."""
 
 
-FORMAT = "whisper-gpt-5"             # weights of format 4 would load, but know another mel: its window was symmetric
+FORMAT = "whisper-gpt-5"             # weights of format 4 would load, but learnt from a mel with a symmetric window
 
 
 def to_checkpoint(model, **facts):
     """What a checkpoint holds: configuration, weights and `facts`; plain types and tensors only.
 
-    sample.py and --eval need to know the data: give them a `Dataset`'s meta as facts.
+    sample.py and --eval need facts about the data: pass those of a `Dataset`'s meta.
     """
     return {**facts, "format": FORMAT, "config": asdict(model.config), "model": model.state_dict()}
 

@@ -54,8 +54,8 @@ def load(path, device="cpu", codec=None, codec_dir=None):
 def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a code from logits (B, 1024) -> (B,) int64.
 
-    temperature: divides the logits; 0 takes the most likely code. top_k: only among the k likeliest codes. top_p:
-    only among the fewest likeliest whose probabilities add up to p (the nucleus; Holtzman et al., 1904.09751).
+    temperature: divides the logits; 0 takes the likeliest code. top_k: only among the k likeliest codes. top_p: only
+    among the smallest set of likeliest codes with a total probability of p (the nucleus; Holtzman et al., 1904.09751).
     generator: a CPU torch.Generator.
     """
     if temperature < 1e-6:
@@ -108,14 +108,14 @@ def parse_arguments():
     add("--seconds", type=float, default=5.0, help="of new audio (default: %(default)s)")
     add("--num", type=int, default=1, help="how many, generated side by side (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="0: always the likeliest code (default: %(default)s)")
-    add("--finer-temperature", type=float, help="of codebooks 2 and finer (default: that of --temperature)")
+    add("--finer-temperature", type=float, help="of codebooks 2 and up (default: that of --temperature)")
     add("--top-k", type=int, help="in every codebook, draw among the k likeliest codes only")
     add("--top-p", type=float, help="in every codebook, draw among the likeliest codes that hold this much probability")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--codec", help="codec to decode with (default: the one the checkpoint names)")
     add("--codec-dir", help="folder with EnCodec's weights")
     add("--device", help="default: the first available of cuda, mps and cpu")
-    add("--out", default="sample.wav", help="an existing file is replaced once all is generated; with --num 3: "
+    add("--out", default="sample.wav", help=".wav or .flac file, replaced only once all is generated; with --num 3: "
         "sample-1.wav, sample-2.wav, sample-3.wav; -: raw 16-bit PCM, mono, 24 kHz, to standard output while it is "
         "generated (default: %(default)s)")
     args = parser.parse_args()

@@ -3,14 +3,14 @@ tokens.py: EnCodec turns a waveform into a small stack of integers 75 times a se
 
     wave (B, N) ──encoder──▶ latents ──residual vector quantiser──▶ codes (B, K, T) ──decoder──▶ wave (B, T*320)
 
-Codebook 1 picks the nearest of 1024 vectors to the latent, codebook 2 the nearest to what is left over, and so on:
-K codebooks cost K * 10 bits a frame (0.75 kbit/s each), coarse first.
+Codebook 1 picks the nearest of 1024 vectors to the latent, codebook 2 the nearest to what is left over, and so on,
+coarse first: K codebooks cost K * 10 bits a frame (0.75 kbit/s each).
 
 Two codecs, both of one class of the `encodec` package (Défossez et al., arXiv 2210.13438):
 
     mini     made by this project, weights in assets/, zero padding: causal from the first code on. Its coarse code was
-             taught the spectral envelope of mostly the sound *before* its own 320 samples, so much of what it says the
-             mel has shown already (assets/README.md)
+             taught to describe the spectral envelope, mostly that of the sound *before* its own 320 samples, so the
+             mel has already shown much of what it says (assets/README.md)
     encodec  Meta's EnCodec 24 kHz, 14.9 M parameters, downloaded once (93 MB) or read from a folder
 
     >>> codec = load_codec("mini")
@@ -55,7 +55,7 @@ MINI_SHA256 = "da13ab60fe19712f5ce7b639acb10fcca1455ee60c551ffdc19008beb0726169"
 ENCODEC_SHA256 = "d7cc33bc"          # its first eight digits, which Meta put into the file's name
 ENCODEC_FILE = f"encodec_24khz-{ENCODEC_SHA256}.th"
 
-# GPU and CPU should find the same codes: no TF32, which rounds factors to 10 bits, in convolutions and LSTM
+# GPU and CPU should find the same codes: no TF32, which rounds mantissas to 10 bits, in convolutions and LSTM
 torch.backends.cudnn.allow_tf32 = False
 
 
@@ -69,9 +69,9 @@ def run_piece(module, x, state):
     """Apply one of EnCodec's modules to the next piece of a signal, x (B, C, T) -> (B, C', T').
 
     Pieces are whole frames, so that every stride divides them and no layer is left with half an output.
-    `state` is a dict, empty at the start of a clip: layer -> what it must remember. A causal convolution
-    remembers the last inputs that its kernel still reaches; a transposed one, whose kernel is twice its stride, so that
-    each input adds to two blocks of outputs, what its last input adds to the next block; the LSTM its hidden state.
+    `state` is a dict, empty at the start of a clip: layer -> what it must remember. For a causal convolution, the last
+    inputs that its kernel still reaches; for a transposed one, whose kernel is twice its stride (each input adds to two
+    blocks of outputs), what its last input adds to the next block; for the LSTM, its hidden and cell state.
     """
     if isinstance(module, torch.nn.Sequential):
         for child in module:
@@ -125,8 +125,8 @@ class StreamEncoder:
 
     @torch.no_grad()
     def latents(self, wave):
-        """To be used instead of `push`: the encoder's output, not quantised, (B, C, t). Pieces should be of a few
-        seconds, as only `push` cuts longer ones to bound memory."""
+        """Instead of `push`: the encoder's output before quantisation, (B, C, t). Keep pieces to a few seconds: only
+        `push` cuts longer ones, to bound memory."""
         encoder = self.codec.model.encoder
         if self.codec.silence_frames and not self.state:      # the first piece
             silence = wave.new_zeros(len(wave), 1, self.codec.silence_frames * HOP)
@@ -165,7 +165,7 @@ class Codec:
 
     name, checksum   which codec it is, for caches and checkpoints
     n_codebooks      how many codebooks the weights hold
-    silence_frames   frames of silence before every clip, whose codes and sound are dropped. EnCodec pads the start of
+    silence_frames   frames of silence before every clip; their codes and sound are dropped. EnCodec pads the start of
                      a clip by reflection, which lets its first codes see about seven frames ahead; a reflection of
                      silence is silence, so that every code of the clip is causal. 0 for a codec that pads with zeros.
     """

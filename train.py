@@ -86,10 +86,10 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
 def own_details(model, codec, codes, mel, targets):
     """The mel (B, T, 80) of a batch as decoded from its right coarse codes and finer ones that the model draws itself.
 
-    That is close to what it hears when it samples; the answer is still the right next code. It is scheduled sampling
+    That is close to what it hears when it samples; the target is still the right next code. It is scheduled sampling
     (Bengio et al., 1506.03099), but in one extra pass, as for Transformers in 1906.07651, at a fixed rate and of the
-    finer codes alone. Only close: the pass that draws has heard the right details, and crops are decoded without their
-    past.
+    finer codes alone. It is no more than close: the pass that draws has heard the right finer codes, and crops are
+    decoded without their past.
     """
     model.eval()                                                                  # no dropout, no mel_noise
     x, coarse = model.backbone(codes, mel).flatten(0, 1), targets[:, 0].clamp(min=0).flatten()        # (B * T, ...)
@@ -140,10 +140,10 @@ def parse_arguments():
         "right coarse codes and finer ones that the model itself has drawn (a kind of scheduled sampling); on a CPU a "
         "step takes three to four times as long")
     add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
-    add("--latents", action="store_true", help="use the codec's own vectors instead: the decoder's input for K "
-        "codebooks or, with --mel-codebooks 0, the encoder's output before it is quantised")
-    add("--window", type=int, nargs=2, default=list(WINDOW), metavar=("RISE", "FALL"), help="shape of its window, "
-        "in samples; 512 512 is a Hann window of 1024 (default: %(default)s)")
+    add("--latents", action="store_true", help="use the codec's own vectors instead of the mel: the decoder's input "
+        "for K codebooks or, with --mel-codebooks 0, the encoder's output before it is quantised")
+    add("--window", type=int, nargs=2, default=list(WINDOW), metavar=("RISE", "FALL"), help="shape of the mel's "
+        "window, in samples; 512 512 is a Hann window of 1024 (default: %(default)s)")
     add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
         "--window 512 512: the usual one, centred on the frame's first sample), to measure what seeing the future is "
         "worth; -N: the same window, but samples past the frame are zero (default: %(default)s)")
@@ -163,11 +163,11 @@ def parse_arguments():
     add("--accumulate", type=int, default=1, metavar="N",
         help="split each batch into N parts, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate, at the end of the warm-up; then cosine decay to a tenth "
-        "(default: 1.2e-2 for the nano models, the best of four at 300 steps, and 1e-3 for larger ones, for long runs; "
-        "in their runs of 400 steps 3e-3 to 6e-3 were best)")
+        "(default: 1.2e-2 for the nano models, the best of four at 300 steps; 1e-3, meant for long runs, for larger "
+        "ones, though in 400 steps 3e-3 to 6e-3 were best)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
+    add("--clip", type=float, default=1.0, help="clip the gradient to this norm (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the weights, the batches and dropout (default: %(default)s)")
     add("--eval-every", type=int, default=100, help="steps between evaluations (default: %(default)s)")
     add = parser.add_argument_group("where to run").add_argument
@@ -175,10 +175,11 @@ def parse_arguments():
     add("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: bfloat16 on cuda)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda only)")
     add = parser.add_argument_group("files").add_argument
-    add("--out", default="out.pt", help="checkpoint; OUT.last.pt and OUT.jsonl stand beside it (default: %(default)s)")
+    add("--out", default="out.pt", help="checkpoint; .last.pt and .jsonl of the same name go beside it (default: "
+        "%(default)s)")
     add("--resume", action="store_true", help="continue the run of --out, with the options it was started with")
-    add("--overwrite", action="store_true", help="start anew although --out exists")
-    add("--eval", metavar="CKPT", help="print a checkpoint's validation figures, each clip's NLL too, and stop")
+    add("--overwrite", action="store_true", help="start anew even if --out exists")
+    add("--eval", metavar="CKPT", help="print a checkpoint's validation figures and each clip's NLL, then exit")
     args = parser.parse_args()
     for name, least in dict(steps=1, batch_size=1, stretch=1, accumulate=1, eval_every=1, n_codebooks=1, context=2,
                             warmup=0, weight_decay=0, seed=0, mel_codebooks=0, mix=0).items():
@@ -193,7 +194,7 @@ def parse_arguments():
         try:                                                  # bool("False") would be True
             fields[field] = {"True": True, "False": False}[value] if types[field] is bool else types[field](value)
         except (KeyError, TypeError, ValueError):
-            parser.error(f"--set {word}: wants FIELD=VALUE of model.py's Config, the value of that field's type "
+            parser.error(f"--set {word}: must be FIELD=VALUE, a field of model.py's Config and a value of its type "
                          "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
     args.set = fields
     if not ((args.lr is None or 0 < args.lr < math.inf) and args.clip > 0 and 0 <= args.dropout < 1):
@@ -253,8 +254,8 @@ def new_model(args, codec):
                                  n_codebooks=args.n_codebooks, **args.set)
     config.n_mels = codec.vectors.shape[-1] if args.latents else N_MELS
     if config.n_used_codebooks > codec.n_codebooks:
-        raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {config.n_used_codebooks}: choose "
-                         "--n-codebooks and n_input_codebooks")
+        raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {config.n_used_codebooks}: lower "
+                         "--n-codebooks or n_input_codebooks")
     torch.manual_seed(args.seed)
     try:
         return HybridGPT(config)
@@ -267,7 +268,7 @@ def load_interrupted(args, last, device):
     except those of MAY_CHANGE that are given now."""
     model, checkpoint = load_checkpoint(last, device)
     if "log_size" not in checkpoint:
-        raise CheckpointError(f"{last} holds no training state, or that of an older version: --resume needs the one "
+        raise CheckpointError(f"{last} holds no training state, or that of an older version: --resume needs the file "
                               "that an interrupted run leaves beside --out")
     for name in sorted(args.given & checkpoint["args"].keys() - set(MAY_CHANGE)):
         if getattr(args, name) != checkpoint["args"][name]:
@@ -310,14 +311,14 @@ def check_options(args, config):
     if args.own_details and (args.mix is not None or not config.use_mel or config.n_input_codebooks > 1
                              or not 1 < config.n_codebooks == args.mel_codebooks
                              or cannot_be_sampled(config, vars(args))):
-        sys.exit("error: --own-details wants a hybrid that reads one codebook, predicts several and is shown the mel "
-                 "of as many, without --mix, --latents, --lookahead and --window")
+        sys.exit("error: --own-details needs a hybrid that reads one codebook, predicts several and is shown the mel "
+                 "of just as many, without --mix, --latents, --lookahead or --window")
 
 
 def score(args, device):
     """--eval: print a checkpoint's validation figures in one line of JSON."""
     if WORLD > 1:
-        sys.exit("error: --eval takes one process: without torchrun")
+        sys.exit("error: --eval runs in one process: start it without torchrun")
     model, checkpoint = load_checkpoint(args.eval, device)
     shown = {name: getattr(args, name) if name in args.given else checkpoint[name] for name in SHOWN}
     codec = its_codec(checkpoint, args.eval, device, shown["codec"], args.codec_dir)
@@ -495,8 +496,8 @@ def main():
         if other_data:                                        # the same crops, every other one with the other mel
             batch[1][step % 2::2] = other_data.batch(*which)[1][step % 2::2]
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
-        # the offset changes from step to step: fixed, it would never train most frames near a clip's start, where many
-        # crops begin
+        # the offset changes from step to step: if it were fixed, most frames near a clip's start, where many crops
+        # begin, would never be trained
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = count_targets(batch[2], depth_frames), 0.0          # (2,)
         # this process's rows of the batch, in --accumulate parts
@@ -505,14 +506,14 @@ def main():
             if WORLD > 1:                                     # gradients are averaged once, after the last part
                 wrapped.require_backward_grad_sync = n_part == args.accumulate
             codes, mel, targets = (move(x, device) for x in part)
-            if args.own_details and len(mel) > step % 2:      # a part may have a single row, which takes turns
+            if args.own_details and len(mel) > step % 2:      # a part of a single row: at every other step
                 some = slice(step % 2, None, 2)
                 mel[some] = own_details(model, codec, codes[some], mel[some], targets[some]).type_as(mel)
             with autocast:
                 _, losses = wrapped(codes, mel, targets, depth_frames=move(depth_frames, device))         # (K,)
             # the loss: NLL of the coarse code + mean NLL of the finer codes. Clips shorter than the context are padded,
-            # so parts hold unequal numbers of targets: weighted by their shares of them, the means of all parts and
-            # processes add up to the means over the batch
+            # so parts hold unequal numbers of targets: each part's means are weighted by its share of the targets, so
+            # that over all parts and processes they add up to the means over the batch
             shares = count_targets(part[2], depth_frames) / n_targets.clamp(min=1)           # coarse, finer
             loss = losses[0] * shares[0]
             if len(losses) > 1:
@@ -550,8 +551,8 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:              # torch has an error of its own for GPUs only
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
             raise
-        sys.exit("error: out of memory: raise --accumulate (--resume takes it, too), or lower --context or "
-                 "--batch-size (with --eval that alone)")
+        sys.exit("error: out of memory: raise --accumulate (also with --resume), or lower --context or --batch-size "
+                 "(with --eval, only the latter)")
     except BrokenPipeError:                                   # as in `python train.py | head`
         # at exit Python flushes stdout once more: into nothing, or that would fail, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,10 +9,11 @@ much it changes within the next 1/15 s. Two sets of clips are compared by the Fr
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))      m mean, C covariance, in nats squared
 
-between two Gaussians with the means and covariances of their vectors (Dowson and Landau, 1982); no network judges. The
-distance depends on timbre, loudness, pauses and pace, not on words or melodies. Every set is compared with the
-validation clips (their first --seconds) and with the codec's copy of these, as a model of its codes knows no more of a
-recording. For scale, so are the training clips and their decoded copy; no model should be expected to come closer.
+between two Gaussians with the means and covariances of their vectors (Dowson and Landau, 1982); no neural network is
+involved. The distance depends on timbre, loudness, pauses and pace, not on words or melodies. Every set is compared
+with the validation clips (their first --seconds) and with the codec's copy of these, which is all that a model of codes
+can know of them. For scale, so are the training clips and their decoded copy; no model should be expected to come
+closer.
 Generated sets are also measured with only their coarse codes decoded, and drawn again with other seeds, to show how far
 chance moves a figure. Prints a table and writes a file, by default results/closeness-DATASET.json.
 """

@@ -43,8 +43,8 @@ own       as `nano` in shipped, but given the mel of its own finer codes in half
 recorded  as `nano` in shipped, but trained on the mel of recordings: what it generates shows what the gap costs. One
           seed
 double    `nano`, `nano-gpt` and `nano-codes8` for 2,400 steps, on six hours of audio. One seed
-context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but as many targets a step: the longer
-          the context, the fewer places they come from
+context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but the same number of targets a step:
+          the longer the context, the fewer places they come from
 short     the same three with 32 positions, where music gains most, three seeds; and again from as few places a step as
           with 256: from stretches of 256 frames, each cut into eight crops
 codec     `coarse` and `coarse-gpt` with the codes of codecs whose first codebook describes something else;

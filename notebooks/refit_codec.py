@@ -10,8 +10,8 @@ codebooks are refitted by k-means, the first one to other latents of a frame:
 
     whole       all of them, envelope and waveform alike, as is usual for an RVQ
     waveform    those of the waveform
-    hann        those of the envelope, through `mini`'s own window: to compare the next with
-    late        the envelope through mel.py's window, late: that of the code's own samples
+    hann        those of the envelope, through `mini`'s own window: the baseline for the next
+    late        the envelope through mel.py's window: that of the code's own, latest samples
     plain       as late, but nothing of the previous envelope is subtracted (see `Envelope`)
 
 For the last three, `mini`'s encoder is first trained further, to write that envelope into its latents. The decoder is

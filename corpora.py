@@ -188,7 +188,7 @@ def _receive(url, path, have, bar):
             have = 0
         total = (have + int(length)) if length else None
         if total and shutil.disk_usage(path.parent).free < 2 * total - have:              # packed and unpacked
-            raise DataError(f"{path.parent} has not the {(2 * total - have) / 1e9:.1f} GB of free space that "
+            raise DataError(f"{path.parent} lacks the {(2 * total - have) / 1e9:.1f} GB of free space that "
                             f"{path.name} needs, packed and unpacked: make room, or make that folder a link to a "
                             "larger disk")
         bar.total, bar.n = total, have

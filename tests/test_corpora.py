@@ -286,14 +286,14 @@ def test_no_network_at_all_is_one_clear_line(published, server):
 def test_a_disk_that_is_too_small_is_found_before_the_download(published, server, monkeypatch):
     usage = corpora.shutil.disk_usage
     monkeypatch.setattr(corpora.shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
-    with pytest.raises(DataError, match="corpora has not the .* GB of free space"):
+    with pytest.raises(DataError, match="corpora lacks the .* GB of free space"):
         fetch("librispeech-mini")
 
 
 def test_there_must_be_room_for_the_archive_and_what_is_in_it(published, server, monkeypatch):
     usage, size = corpora.shutil.disk_usage, len(server.files["dev-clean.tar.gz"])
     monkeypatch.setattr(corpora.shutil, "disk_usage", lambda path: usage(path)._replace(free=2 * size - 1))
-    with pytest.raises(DataError, match="has not the .* GB of free space"):
+    with pytest.raises(DataError, match="lacks the .* GB of free space"):
         fetch("librispeech-mini")
     monkeypatch.setattr(corpora.shutil, "disk_usage", lambda path: usage(path)._replace(free=2 * size))
     assert fetch("librispeech-mini")

@@ -19,9 +19,9 @@ Encoding is most of the work. Files of about the same length go through the code
 of the CPU; each is saved when it is done, so that an interrupted preparation goes on with the rest (unless the folder
 has changed meanwhile).
 
-A batch is a pure function of seed, step, size, context and stretch: the same for every model, and after a resume. Each
-row is a crop of one clip, never of two; a clip shorter than the context is used whole, and the rest of its row is
-padding that is not scored. The first position of a clip is START, which tells the model that nothing came before.
+Which crops a batch holds depends on seed, step, size, context and stretch only, not on the model or a resume. Each row
+is a crop of one clip, never of two; a clip shorter than the context is used whole, and the rest of its row is padding
+that is not scored. Inputs are one frame late: START, "nothing came before", stands where a clip's frame 0 is predicted.
 """
 import contextlib
 import functools
@@ -127,7 +127,7 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
                 n_samples[i] += len(blocks[i])
             # a short block is its file's last; the other files' next ones are read while the codec works on these
             reading = {i: pool.submit(next, readers[i]) for i, block in blocks.items() if len(block) == block_size}
-            waves = np.zeros((len(paths), max(map(len, blocks.values()))), np.float32)
+            waves = np.zeros((len(paths), max(map(len, blocks.values()))), np.float32)        # ended files: zeros
             for i, block in blocks.items():
                 waves[i, :len(block)] = block
             wave = torch.from_numpy(waves).to(codec.device)
@@ -141,11 +141,11 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
             codes, waiting = waiting[..., :mel.shape[1]], waiting[..., mel.shape[1]:]
             codes, mel = codes.mT.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
             for i in blocks:
-                length = n_samples[i] - ahead                 # samples whose frames have both codes and mel
+                ended, length = i not in reading, n_samples[i] - ahead        # samples that have both codes and mel
                 n = max(0, length // HOP - n_done)            # frames of this file; what follows is padding
-                if i not in reading and length < HOP:
+                if ended and length < HOP:
                     problems.setdefault(i, f"shorter than one frame of {HOP} samples")
-                yield i, codes[i, :n], mel[i, :n], i not in reading, problems.get(i)
+                yield i, codes[i, :n], mel[i, :n], ended, problems.get(i)
             n_done += mel.shape[1]
 
 
@@ -310,8 +310,8 @@ def _encode(clips, folder, files, codec, made_with, title, quiet):
 
 
 def _encode_batch(clips, folder, files, codec, made_with, batch):
-    """Encode the files whose numbers are in `batch` side by side; the frames of file I go into clips/I.clip.
-
+    """Encode the files whose numbers are in `batch` side by side; the frames of file I go into clips/I.clip as rows,
+    the codes and then the bits of the float16 mel.
     Returns {I: None, or why it cannot be used}. An OSError of the cache's disk is returned, too, not raised: a
     DataLoader would raise a copy of it without its errno.
     """
@@ -358,8 +358,7 @@ def _join(unfinished, dataset, name, names, made_with, problems):
         print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
         cut = n_frames - n_frames // 10
         clips, used, is_val = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True]
-    # of each clip, how many frames train. A lone file was cut into two clips: `zip` below stops after the first, which
-    # trains
+    # how many frames of each file train; of a lone one, cut in two above, only the first part (where `zip` below ends)
     train_frames = [0 if val else end - start for (start, end), val in zip(clips.tolist(), is_val)]
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
@@ -395,8 +394,9 @@ class Dataset:
 
     meta, key       the content of meta.json; the name of the cache's folder, which changes with all it was made from
     codes, mel      (frames, K) uint16 and (frames, 80) float16, all clips one after the other
-    fingerprint     hash of the clips' names, lengths and split, the codec and the mel settings, for --resume. Where the
-                    files are is left out, so that a run may continue elsewhere; so are their samples
+    fingerprint     hash of the clips' names, lengths and split, the codec's checksum and the mel settings, for
+                    --resume. Where files and codec are is left out, so that a run may continue elsewhere; samples are
+                    not hashed
     train, val      (clips, 2) first and one past the last frame of each clip of the split
     mel_statistics  mean (80,) and covariance (80, 80) of the training split's mel
     """
@@ -453,7 +453,8 @@ class Dataset:
 
         Crops overlap by half and only the second half of each is scored, except for a clip's first crop, which is
         scored whole: so every target counts once, with at least half a context behind it wherever the clip has that
-        much. `context` must be at least 2.
+        much. With a context of 4 and a clip of 9, crops at 0, 2, 4 and 6 score frames 0-3, 4-5, 6-7 and 8. `context`
+        must be at least 2.
         """
         half = context // 2
         crops = [(i, start, end, offset, context - half if offset else 0)
@@ -475,12 +476,12 @@ class Dataset:
         mel = np.zeros((B, context, all_mel.shape[1]), np.float16)
         targets = np.full((B, all_codes.shape[1], context), IGNORE, np.int64)
         for row, (start, end, offset, score_from) in enumerate(crops):
-            first, n = start + offset, max(0, min(context, end - start - offset))             # 0: past the clip's end
+            first, n = start + offset, max(0, min(context, end - start - offset))             # n: 0 past the clip's end
             targets[row, :, score_from:n] = all_codes[first + score_from:first + n].T
-            p = int(offset == 0)                              # the first position that is shown a frame: not the START
-            codes[row, 0, :p] = START
-            codes[row, :, p:n] = all_codes[first + p - 1:first + n - 1].T
-            mel[row, p:n] = all_mel[first + p - 1:first + n - 1]
+            n_start = int(offset == 0)                        # how many positions, 1 or 0, are shown START
+            codes[row, 0, :n_start] = START
+            codes[row, :, n_start:n] = all_codes[first + n_start - 1:first + n - 1].T
+            mel[row, n_start:n] = all_mel[first + n_start - 1:first + n - 1]
         if targets.max() >= CODEBOOK_SIZE or codes.max() > START:
             raise self.damaged("codes that do not exist")
         return torch.from_numpy(codes), torch.from_numpy(mel), torch.from_numpy(targets)

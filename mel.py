@@ -3,6 +3,8 @@ mel.py: from a waveform to a causal log-mel spectrogram, every step on the page.
 
     wave ──frame──▶ 1024 samples ──× window──▶ FFT ──|.|²──▶ 513 powers ──× triangles──▶ 80 bands ──log──▶ mel
 
+The FFT tells how strong each of 513 tones, its *bins*, 23 Hz apart, is in those 1024 samples.
+
 Two choices are unusual. One is which samples a frame may see. Frame t belongs to samples [t*HOP, (t+1)*HOP), those that
 one column of codec tokens stands for, and its window ends exactly there:
 
@@ -130,7 +132,7 @@ def log_mel(wave, lookahead=0, window=WINDOW):
     lookahead: for experiments. N > 0: the window ends N samples *past* the frame, and what it sees there is a leak.
         -N: the same window, but the samples past the frame are zero. The difference in score between N and -N is about
         what the leak is worth; the hard edge may itself help or hurt
-    window: (rise, fall) as in `asymmetric_window`; use HANN where nothing is to be predicted
+    window: (rise, fall) as in `asymmetric_window`; HANN for comparing sounds, where nothing is to be predicted
     Raises ValueError for another number of dimensions, or a window or lookahead that does not fit into 1024 samples.
     """
     if wave.dim() not in (1, 2):

@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 CODEBOOK_SIZE = 1024                 # as in tokens.py; repeated, so that this file needs nothing but PyTorch
-START = CODEBOOK_SIZE                # the code id of the position before a clip's first frame (a BOS token)
+START = CODEBOOK_SIZE                # what the model reads where a clip's first frame is predicted (a BOS token)
 IGNORE = -1                          # a target that is not scored
 
 
@@ -115,7 +115,7 @@ def rotary_angles(start, length, head_dim):
 
 
 def rotate(x, rotary):
-    """Turn each pair of channels of x (..., T, D) by its angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Turn each pair of channels of x (..., T, D) by its angle: (a, b) -> (a, b) * cos + (b, a) * (-sin, sin)."""
     cos, sin = rotary
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(x)
 
@@ -162,7 +162,7 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the last `context` positions, for generating one position at a time in constant time.
+    """Keys and values of the last `context` positions, to generate one position at a time in bounded time and memory.
 
     Attention ignores the order of its keys, and every key carries its own position (rotary), so a ring buffer is
     enough: position t overwrites position t - context. (Beyond `context`, deep layers hear from further back than in
@@ -250,7 +250,7 @@ class HybridGPT(nn.Module):
 
         Neighbouring bands say nearly the same: a few of the 80 directions hold nearly all the variance, yet the others
         may tell two sounds apart. So a frame is expressed in the principal components of the training frames, each
-        divided by sqrt(its variance + 0.01 * the mean variance), which evens out all but the weakest, mostly noise. A
+        divided by sqrt(its variance + 0.01 * the mean variance): about equal then, but for the weakest, mostly noise. A
         common factor then makes the mean variance 1.
         """
         if self.config.use_mel:
@@ -263,8 +263,8 @@ class HybridGPT(nn.Module):
     def forward(self, codes, mel, targets=None, depth_frames=None):
         """Logits of the next coarse code at every position, and the losses.
 
-        codes (B, K, T) int64, of which the first n_input_codebooks rows are read (the presets read one, the coarse
-            code); START in the coarse row at the position before a clip
+        codes (B, n_input_codebooks or more, T) int64: further rows are not read (the presets read one, the coarse
+            code); START in the coarse row where a clip's first frame is predicted
         mel (B, T, 80) float, raw log-mel of the same frames, ignored at START; may be None without use_mel
         targets (B, n_codebooks or more, T) int64 or None: the next frames' codes, IGNORE where none is scored
         depth_frames (n,) int64: the positions whose finer codes are scored, all by default
@@ -279,8 +279,8 @@ class HybridGPT(nn.Module):
         if self.config.n_codebooks > 1:
             if depth_frames is not None:
                 x, targets = x[:, depth_frames], targets[:, :, depth_frames]
-            targets = targets[:, :self.config.n_codebooks].transpose(1, 2).flatten(0, 1)              # (n, K)
-            finer = self.finer_logits(x.flatten(0, 1), targets[:, :-1].clamp(min=0))
+            targets = targets[:, :self.config.n_codebooks].transpose(1, 2).flatten(0, 1)              # (B * n, K)
+            finer = self.finer_logits(x.flatten(0, 1), targets[:, :-1].clamp(min=0))      # IGNORE is not a code
             losses += [mean_nll(finer[:, k], targets[:, k + 1]) for k in range(finer.shape[1])]
         return logits, torch.stack(losses)
 
@@ -330,7 +330,7 @@ class HybridGPT(nn.Module):
     def finer_logits(self, x, codes, cache=None):
         """Within one frame: x (n, n_embd) of the backbone, its codes so far (n, k), coarse first -> (n, k, 1024).
 
-        Row j of the result predicts codebook j + 2 from codes 1 to j + 1; k from 1 to n_codebooks - 1. With a `KVCache`
+        Row j, from 0, predicts code j + 2 from codes 1 to j + 1 (depth_embedding[j], depth_head[j]). With a `KVCache`
         of this frame codes is (n, 1), the latest code alone, and the earlier ones are remembered.
         """
         first, k = 0 if cache is None else cache.position, codes.shape[1]

@@ -15,7 +15,7 @@ fix the exact shape of the wave; a lower --finer-temperature makes it smoother. 
 was trained on codes as varied as a recording's: drawn too cautiously, its sound may fade out (notebook 06).
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
-the cost of a frame stops growing once the context is full. The mel that the model hears is that of the latest frame.
+the cost of a frame stops growing once the context is full. Each position is given one mel frame, the latest.
 """
 import argparse
 import contextlib
@@ -93,7 +93,7 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
             codes = prompt[:, :model.config.n_codebooks, t:t + 1].expand(num, -1, 1).to(device)
         else:
             coarse = draw(model.head(x), temperature, **how)                  # (B,)
-            codes = model.draw_finer(x, coarse, draw=lambda logits: draw(logits, finer_temperature, **how))[:, :, None]
+            codes = model.draw_finer(x, coarse, lambda logits: draw(logits, finer_temperature, **how))[:, :, None]
         wave = decoder.push(codes.to(codec.device))           # (B, 320)
         mel = spectrogram.push(wave).to(device)               # (B, 1, 80)
         yield codes, wave

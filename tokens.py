@@ -3,14 +3,14 @@ tokens.py: EnCodec turns a waveform into a small stack of integers 75 times a se
 
     wave (B, N) ──encoder──▶ latents ──residual vector quantiser──▶ codes (B, K, T) ──decoder──▶ wave (B, T*320)
 
-Codebook 1 picks the nearest of 1024 vectors to the latent, codebook 2 the nearest to what is left over, and so on,
-coarse first: K codebooks cost K * 10 bits a frame (0.75 kbit/s each).
+The encoder makes a vector of each frame, its *latent*. Codebook 1 picks the nearest of 1024 vectors to it, codebook 2
+the nearest to what is left over, and so on, coarse first: K codebooks cost K * 10 bits a frame (0.75 kbit/s each).
 
 Two codecs, both of one class of the `encodec` package (Défossez et al., arXiv 2210.13438):
 
-    mini     made by this project, weights in assets/, zero padding: causal from the first code on. Its coarse code was
-             taught to describe the spectral envelope, mostly that of the sound *before* its own 320 samples, so the
-             mel has already shown much of what it says (assets/README.md)
+    mini     made by this project, weights in assets/; zeros before a clip, so causal from the first code on. Its coarse
+             code was taught to describe the spectral envelope, mostly that of the sound *before* its own 320 samples,
+             so the mel has already shown much of what it says (assets/README.md)
     encodec  Meta's EnCodec 24 kHz, 14.9 M parameters, downloaded once (93 MB) or read from a folder
 
     >>> codec = load_codec("mini")
@@ -48,7 +48,7 @@ from mel import HOP, SAMPLE_RATE     # a code is 320 samples, as a mel frame is
 
 CODEBOOK_SIZE = 1024
 PIECE = 10 * SAMPLE_RATE             # long audio goes through the networks in pieces of this many samples
-SILENCE = 8                          # frames of silence before a clip for a codec that pads by reflection
+SILENCE = 8                          # frames of silence before a clip for a codec that pads by reflection, see `Codec`
 
 MINI = Path(__file__).parent / "assets" / "mini.pt"
 MINI_SHA256 = "da13ab60fe19712f5ce7b639acb10fcca1455ee60c551ffdc19008beb0726169"
@@ -95,7 +95,7 @@ def run_piece(module, x, state):
         now, later = blocks.unflatten(2, (conv.out_channels, 2, conv.stride[0])).unbind(3)        # (B, T, C', stride)
         before = state.get(module, torch.zeros_like(later[:, :1]))
         state[module] = later[:, -1:].clone()
-        y = now + torch.cat([before, later[:, :-1]], dim=1)
+        y = now + torch.cat([before, later[:, :-1]], dim=1)   # block t: the `now` of input t, the `later` of t - 1
         return y.transpose(1, 2).flatten(2) + conv.bias[:, None]
     if isinstance(module, SLSTM):
         x = x.permute(2, 0, 1)                                # (T, B, C)
@@ -103,7 +103,7 @@ def run_piece(module, x, state):
         if len(x) > 1:
             y, state[module] = module.lstm(x, tuple(before))
         else:                                                 # module.lstm would pack its weights anew at every call
-            y, after = x[0], []
+            y, after = x[0], []                               # layer by layer; y, h and c are (B, C)
             for h, c, weights in zip(*before, module.lstm.all_weights):
                 y, c = torch.lstm_cell(y, (h, c), *weights)
                 after.append((y, c))

@@ -71,7 +71,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
             logits, losses = model(codes.to(device), mel.to(device), targets)
         coarse = targets[:, 0]                                                    # (B, T)
         row_nll = F.cross_entropy(logits.float().transpose(1, 2), coarse, ignore_index=IGNORE, reduction="none").sum(1)
-        np.add.at(sums, clip.numpy(), row_nll.cpu().double().numpy())             # a clip has many rows
+        np.add.at(sums, clip.numpy(), row_nll.cpu().double().numpy())             # (B,) nats; a clip has many rows
         correct += (logits.argmax(-1) == coarse).sum().item()                     # IGNORE is never an argmax
         finer += losses[1:].cpu().double().numpy() * (coarse != IGNORE).sum().item()
     model.train(was_training)
@@ -115,8 +115,9 @@ def learning_rate(step, args):
 
 # ----------------------------------------------------------------------------- the command line
 
-SHOWN = ("dataset", "codec", *MEL_OPTIONS)           # a model's input; out.pt and every result name these options
-# options that may change with --resume: where things are now (hashes tell whether they are the same), how to compute
+SHOWN = ("dataset", "codec", *MEL_OPTIONS)           # what a model is shown; out.pt and every result name these options
+# options that may change with --resume: where things are now (hashes tell whether they are the same), and how to
+# compute (another dtype, compile or accumulate, and the run is not the same to the bit)
 MAY_CHANGE = ("dataset", "codec", "codec_dir", "dtype", "compile", "accumulate")
 THIS_CALL = ("given", "out", "resume", "overwrite", "eval", "device")             # not stored for --resume
 # options allowed beside --eval; not --latents, as their width would not fit a model made for a mel
@@ -146,7 +147,8 @@ def parse_arguments():
         "window, in samples; 512 512 is a Hann window of 1024 (default: %(default)s)")
     add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
         "--window 512 512: the usual one, centred on the frame's first sample), to measure what seeing the future is "
-        "worth; -N: the same window, but samples past the frame are zero (default: %(default)s)")
+        "worth; -N: the same window, but samples past the frame are zero; with --mel-codebooks 0 (default: "
+        "%(default)s)")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, default="nano", help="preset of model.py (default: %(default)s)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
@@ -448,10 +450,10 @@ def main():
                  + "; start anew with a lower --lr (and --overwrite)")
 
     while True:
-        # Only here, between two steps, is a run evaluated, saved and ended. The state that is saved is the one before
-        # this evaluation, which --resume repeats: so log_size is taken now, and --resume cuts the log off there
+        # Only here, between two steps, is a run evaluated, saved and ended. What is saved, but for `best`, is the state
+        # before this evaluation, which --resume repeats: so log_size is taken now, and --resume cuts the log off there
         seconds, log_size = time.time() - start, log.tell()
-        stop = max(stopped_by, default=0)
+        stop = max(stopped_by, default=0)                     # a signal's number; 0: none
         if WORLD > 1:                                         # all processes stop after the same step
             stop = torch.tensor(stop)                         # on the CPU: no step should wait for a GPU
             dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)
@@ -490,7 +492,7 @@ def main():
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # batch and dropout depend only on options, step and process, so that a resumed run equals an uninterrupted one
+        # batch and dropout depend on options, step and process only, so that a resumed run equals an uninterrupted one
         which = args.seed, step, args.batch_size, context, args.stretch, model.config.n_used_codebooks
         batch = data.batch(*which)                            # codes, mel, targets
         if other_data:                                        # the same crops, every other one with the other mel
@@ -506,7 +508,7 @@ def main():
             if WORLD > 1:                                     # gradients are averaged once, after the last part
                 wrapped.require_backward_grad_sync = n_part == args.accumulate
             codes, mel, targets = (move(x, device) for x in part)
-            if args.own_details and len(mel) > step % 2:      # a part of a single row: at every other step
+            if args.own_details and len(mel) > step % 2:      # a part of one row: at even steps only
                 some = slice(step % 2, None, 2)
                 mel[some] = own_details(model, codec, codes[some], mel[some], targets[some]).type_as(mel)
             with autocast:
@@ -518,7 +520,7 @@ def main():
             loss = losses[0] * shares[0]
             if len(losses) > 1:
                 loss = loss + losses[1:].mean() * shares[1]
-            (loss * WORLD).backward()                         # the processes' gradients will be averaged, not summed
+            (loss * WORLD).backward()                         # shares are of the whole batch, but DDP averages
             loss_sum += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()

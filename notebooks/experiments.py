@@ -323,9 +323,9 @@ Gain = namedtuple("Gain", "by_seed mean low high")            # in nats; low and
 def gain(runs, twins, shown="0"):
     """The `Gain` of runs over their twins with the same seeds and codes, or None without scores.
 
-    shown: the mel that the hybrid is given, as in `trained_on`."""
+    shown: the mel that the hybrid is given, as in `trained_on`; twins get what they were trained on."""
     of = lambda run: (run["seed"], run["codec_checksum"])
-    twins = {of(b): b["scores"]["0"] for b in twins if "scores" in b}
+    twins = {of(b): b["scores"][trained_on(b["model"])] for b in twins if "scores" in b}
     pairs = [(a["scores"][shown], twins[of(a)]) for a in runs if shown in a.get("scores", ()) and of(a) in twins]
     if pairs:
         by_clip = [np.subtract(b["clip_nll"], a["clip_nll"]) for a, b in pairs]

@@ -63,7 +63,7 @@ def test_closeness_hears_loudness_and_pace():
 
 def test_a_gain_is_that_over_the_twin_of_the_same_seed():
     def made(seed, nll, codec="a"):
-        return {"seed": seed, "codec_checksum": codec,
+        return {"seed": seed, "codec_checksum": codec, "model": "coarse-gpt",
                 "scores": {"0": {"val_nll": nll, "clip_nll": [nll, nll], "clip_targets": [1, 1]}}}
     by_seed, mean, *_ = experiments.gain([made(0, 1.0), made(2, 2.0)], [made(1, 9.0), made(2, 5.0), {"seed": 0}])
     assert by_seed == [3.0] and mean == 3.0                                                  # seed 0's was not scored

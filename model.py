@@ -29,6 +29,7 @@ Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fus
 import io
 import math
 import os
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -409,7 +410,7 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint '{path}': train.py writes one") from error
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]       # some have many lines
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)        # some have many lines
         raise CheckpointError(f"{path} is not a whole checkpoint of this train.py ({reason})") from error
     if not known:
         raise CheckpointError(f"{path} is of format {checkpoint['format']}, and this is {FORMAT}: train it anew")

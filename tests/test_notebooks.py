@@ -69,6 +69,9 @@ def test_a_gain_is_that_over_the_twin_of_the_same_seed():
     assert by_seed == [3.0] and mean == 3.0                                                  # seed 0's was not scored
     assert experiments.gain([made(0, 1.0)], [made(1, 9.0)]) is None
     assert experiments.gain([made(0, 1.0)], [made(0, 9.0, "another")]) is None
+    reader = {**made(0, 4.0), "model": "nano-codes8-steps1200"}                      # its score is filed under "8"
+    reader["scores"] = {"8": reader["scores"]["0"]}
+    assert experiments.gain([made(0, 1.0)], [reader]).mean == 3.0
 
 
 @pytest.mark.parametrize("text", ["1", "1:2:3", "1:x", "-1:1", "nan:1"])
@@ -94,7 +97,8 @@ def test_the_bootstrap_interval_holds_the_mean_and_narrows_with_the_clips():
 def test_a_model_is_compared_with_one_that_predicts_as_many_codes_from_as_long_a_past():
     def matters(model):
         words = experiments.MODELS[model]
-        return {a: b for a, b in zip(words, words[1:]) if a in ("--n-codebooks", "--context", "--batch-size")}
+        kept = "--n-codebooks", "--context", "--batch-size", "--steps"
+        return {a: b for a, b in zip(words, words[1:]) if a in kept}
     for model, twins in experiments.TWINS.items():
         assert all(matters(model) == matters(twin) and model != twin for twin in twins)
 

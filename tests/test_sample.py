@@ -152,7 +152,7 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use
         model.head.weight.mul_(10)                            # or no draw would depend on what is heard
     frames = log_mel(tiny_codec.decode(torch.randint(1024, (1, K, 300))))[0]
     model.set_mel_statistics(frames.mean(0), torch.cov(frames.T))
-    prompt = torch.randint(1024, (1, K, n_prompt)) if n_prompt else None
+    prompt = torch.randint(1024, (1, K + 1, n_prompt)) if n_prompt else None      # one code more than the model has
     frames = list(generate(model, tiny_codec, 40, num=2, prompt=prompt, generator=torch.Generator().manual_seed(1)))
     codes, wave = (torch.cat(parts, dim=-1) for parts in zip(*frames))
     assert codes.shape == (2, K, n_prompt + 40) and wave.shape == (2, (n_prompt + 40) * HOP)
@@ -160,7 +160,7 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use
 
     generator, again = torch.Generator().manual_seed(1), torch.full((2, K, 1), START)
     if n_prompt:
-        again = torch.cat([again, prompt.expand(2, -1, -1)], dim=-1)
+        again = torch.cat([again, prompt[:, :K].expand(2, -1, -1)], dim=-1)
     for _ in range(40):
         mel = torch.zeros(2, 1, 80)
         if again.shape[-1] > 1:

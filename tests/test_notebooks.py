@@ -17,6 +17,7 @@ import torch
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
 import closeness                                                       # noqa: E402
+import copying                                                         # noqa: E402
 import experiments                                                     # noqa: E402
 import refit_codec                                                     # noqa: E402
 import train_codec                                                     # noqa: E402
@@ -301,6 +302,30 @@ def test_closeness_hears_log_mel_and_its_change():
     vectors = torch.cat([mel[:-lag], mel[lag:] - mel[:-lag]], dim=1)
     torch.testing.assert_close(mean, vectors.mean(0))
     torch.testing.assert_close(covariance, torch.cov(vectors.T))
+
+
+def test_copying_finds_the_longest_run_that_a_training_clip_holds():
+    training = [np.array(clip, np.uint16) for clip in ([1, 2, 3, 4], [300, 6, 7])]
+    clips = [np.array(clip, np.uint16) for clip in ([9, 2, 3, 4, 300], [4, 300, 6], [8, 8], [1, 2, 3, 4])]
+    assert copying.longest_shared(clips, training) == [3, 2, 0, 4]           # no run spans two training clips
+    assert copying.without_repeats(np.array([5, 5, 6, 6, 6, 5])).tolist() == [5, 6, 5]
+
+
+def test_copying_knows_a_model_that_copies(monkeypatch, tmp_path):
+    monkeypatch.setattr(copying, "RESULTS", tmp_path)
+    codes = np.random.default_rng(0).integers(1023, size=(300, 8)).astype(np.uint16)
+    data = SimpleNamespace(codes=codes, train=np.array([[0, 200]]), val=np.array([[200, 300]]))
+    monkeypatch.setattr(copying, "prepare", lambda dataset, codec, **mel: data)
+
+    def generate(model, codec, n_frames, num, generator):
+        for frame in torch.from_numpy(codes[100:100 + n_frames].astype(np.int64)):               # of a training clip
+            yield torch.stack([frame[:, None], torch.full((8, 1), 1023)]), None                  # a code of no clip
+    monkeypatch.setattr(copying, "generate", generate)
+    ready = NOTEBOOKS.parent / "assets" / "nano-speech.pt"
+    monkeypatch.setattr(sys, "argv", ["copying.py", "speech", str(ready), "--clips", "2", "--seconds", "1"])
+    copying.main()
+    real, generated = json.loads((tmp_path / "copying-speech.json").read_text())["rows"]
+    assert generated["longest"] == [len(copying.without_repeats(codes[100:175, 0])), 0] and real["longest"][0] < 5
 
 
 @pytest.mark.parametrize("model, rate", [

@@ -6,23 +6,23 @@ train_codec.py: trains `mini`, the codec that ships with the project.
     python assets/train_codec.py --resume                                # after an interruption
     (to ship it: move out-codec.pt to assets/mini.pt, and the printed SHA-256 into tokens.py, MINI_SHA256)
 
+The first takes two to three hours on two CPU cores, the second, which made the codec that ships, four minutes on an
+H100. Clips that train.py would validate on (`data.split_clips`) are held out, for measuring every thousand steps.
+
 An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Trained all at once, from
 random weights, it ends up using one codebook, which says little. So it is trained in four phases:
 
-  1. the encoder alone learns to write the spectral envelope, see `Envelope`, into an eighth of its latents. The others
-     pass the waveform on, see `initialise`, except the last four, see `count_latents`;
+  1. the encoder alone learns to write the spectral envelope (`Envelope`) into an eighth of its latents. The others pass
+     the waveform on (`initialise`), except the last four (`count_latents`);
   2. both halves learn to reproduce the sound from unquantised latents, a fifth of the clips from the envelope alone,
      with as much noise on it as one codebook will cause;
-  3. each codebook is fitted by k-means to what the codebooks before it left over: the first to the envelope alone, see
-     `described`, so that all its bits describe what words are made of; the others to all that is left. The decoder
-     learns to decode 1, 2, 4 or 8 codebooks, a number drawn for every clip of the batch, so that any number will do;
+  3. each codebook is fitted by k-means to what those before it left over, the first to the envelope (`described`). The
+     decoder learns to decode 1, 2, 4 or 8 of them, a number drawn for every clip, so that any number will do;
   4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser.
 
-The losses follow EnCodec's (arXiv 2210.13438, section 3.4), and one is for intelligibility, see `words_loss`; a
-balancer gives each its share of the gradient. With --adversarial P, EnCodec's multi-scale STFT discriminator joins once
-the fraction P of the steps is done. Without it the first command takes two to three hours on two CPU cores, the second,
-which made the codec that ships, four minutes on an H100. Clips that train.py would validate on (`data.split_clips`) are
-held out, for measuring every thousand steps.
+The losses follow EnCodec's (arXiv 2210.13438, section 3.4), with one for intelligibility (`words_loss`); a balancer
+gives each its share of the gradient. With --adversarial P, EnCodec's multi-scale STFT discriminator joins once the
+fraction P of the steps is done.
 """
 import argparse
 import copy
@@ -43,7 +43,8 @@ from mel import HANN, SAMPLE_RATE, frame, log_mel, mel_power
 from model import save
 from tokens import CODEBOOK_SIZE, HOP, build_mini
 from train import choose_device
-from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock, SLSTM    # tokens makes it importable
+from encodec import msstftd                                                               # tokens makes it importable
+from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock, SLSTM
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
 WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,       # shares of the gradient,
@@ -57,8 +58,6 @@ WAVEFORM, ENVELOPE, COUNT = slice(0, 112), slice(112, 128), slice(128, 132)
 WHITEN = 0.6                                                  # how much of the previous frame `Envelope` subtracts
 NOISE = 0.09                                                  # standard deviation, about what one codebook leaves over
 SAVE_EVERY = 120                                              # seconds
-SMALL = 0.1                                                   # initial gain of the waveform in the encoder
-LOUD = 5.0                                                    # and of the channels beside it, up to where ELU bends
 
 
 # ----------------------------------------------------------------------------- data
@@ -68,12 +67,13 @@ def load(folders):
     train, held_out = [], []
     for name in folders:
         folder, clips = find_audio(name)
-        waves = [np.clip(np.concatenate(list(read_audio(folder / clip))), -1, 1) * 32767 for clip in clips]
+        waves = [(np.concatenate(list(read_audio(folder / clip))).clip(-1, 1) * 32767).astype(np.int16)
+                 for clip in clips]
         is_val = split_clips(clips, name)
-        if not any(is_val):
+        train.append([w for w, val in zip(waves, is_val) if not val])
+        held_out.append([w for w, val in zip(waves, is_val) if val])
+        if not held_out[-1]:
             raise DataError(f"{name}: one file is not enough, another has to be held out")
-        train.append([w.astype(np.int16) for w, v in zip(waves, is_val) if not v])
-        held_out.append([w.astype(np.int16) for w, v in zip(waves, is_val) if v])
         print(f"{name}: {sum(map(len, train[-1])) / SAMPLE_RATE / 60:.1f} minutes to train on, "
               f"{len(held_out[-1])} clips held out", flush=True)
     return train, held_out
@@ -82,9 +82,8 @@ def load(folders):
 def batch(train, rng, batch_size, n_samples):
     """Random crops, an equal share of every folder, augmented -> (B, n_samples) float32 in [-1, 1].
 
-    Half of them are played at 0.8 to 1.25 times the speed, which also moves pitch and formants; one in five is put into
-    a room: its convolution with noise that decays by 60 dB in 0.1 to 0.6 s is added to it. Level and polarity are
-    random."""
+    Half of them are played at another speed, which also moves pitch and formants; one in five is put into a room: its
+    convolution with noise that decays by 60 dB in 0.1 to 0.6 s is added to it. Level and polarity are random."""
     rows = []
     for _ in range(batch_size):
         waves = train[rng.integers(len(train))]
@@ -92,9 +91,7 @@ def batch(train, rng, batch_size, n_samples):
         speed = rng.uniform(0.8, 1.25) if rng.random() < 0.5 else 1.0
         n = int(n_samples * speed) + 8
         start = rng.integers(max(1, len(wave) - n))
-        crop = wave[start:start + n].astype(np.float32) / 32768
-        if speed != 1:
-            crop = soxr.resample(crop, SAMPLE_RATE * speed, SAMPLE_RATE)
+        crop = soxr.resample(wave[start:start + n].astype(np.float32) / 32768, SAMPLE_RATE * speed, SAMPLE_RATE)
         crop = np.pad(crop, (0, max(0, n_samples - len(crop))))[:n_samples]
         if rng.random() < 0.2:
             t = np.arange(SAMPLE_RATE // 2) / SAMPLE_RATE
@@ -107,8 +104,8 @@ def batch(train, rng, batch_size, n_samples):
 
 
 def inputs(train, args, step):
-    """The inputs of a step, which depend on its number alone, so that a run can be resumed: audio (B, N), how many
-    codebooks (B,) to decode it from, and whether it is the discriminator's turn."""
+    """What a step is given, by its number alone, so that a run can be resumed: audio (B, N), how many codebooks (B,) to
+    decode each clip from, and whether it is the discriminator's turn."""
     rng = np.random.default_rng((args.seed, step))
     wave = batch(train, rng, args.batch_size, args.frames * HOP)
     counts = rng.choice(list(OFTEN), len(wave), p=list(OFTEN.values()))
@@ -120,55 +117,51 @@ def initialise(model, wave):
     """Make the untrained model pass its input through: wave (B, N) comes out recognisable and not delayed.
 
     Some channels of every layer become a linear transform codec: a convolution of stride r computes the principal
-    components of the patches of r frames that reach it, its mirror in the decoder applies their transpose, residual
-    blocks start near the identity, and the signal is kept small, where ELU is almost linear. All other channels start
-    random and loud, where ELU bends. From random weights alone the same network spends its first thousands of steps
-    knowing only the average spectrum; started like this, it never gets stuck there."""
-    x, linear, mirror = wave[:, None], 1, []                  # linear: how many channels of x hold the transform
+    components of the patches of r frames that reach it, its mirror in the decoder applies their transpose. The signal
+    is kept small, where ELU is almost linear; all other channels start random and loud, where ELU bends. From random
+    weights alone the same network spends its first thousands of steps knowing only the average spectrum."""
+    x, mirror = wave[:, None], []
     for layer in model.encoder.model:
         if isinstance(layer, SConv1d):
             conv = layer.conv.conv
-            (n_out, n_in, kernel), stride = conv.weight.shape, conv.stride[0]
             conv.weight /= layer(x).std()
-            if n_in == 1:                                                     # the waveform itself, in channel 0:
-                basis, back = torch.full((1, 1, 1), SMALL), torch.full((1, 1, 1), 1 / SMALL)          # 0.1 in, 10 out
-                conv.weight *= LOUD
+            if not mirror:                                    # the waveform itself in channel 0, small; the others loud
+                basis = torch.full((1, 1, 1), 0.1)
+                conv.weight *= 5
             else:
-                patches = x[:, :linear].unfold(2, stride, stride).transpose(1, 2).flatten(2).flatten(0, 1)    # (n, C*r)
+                r = conv.stride[0]
+                patches = x[:, :len(basis)].unfold(2, r, r).transpose(1, 2).flatten(2).flatten(0, 1)          # (n, C*r)
                 _, vectors = torch.linalg.eigh(patches.T @ patches)           # columns, by rising eigenvalue
-                basis = back = vectors.flip(1)[:, :n_out * 3 // 4].T.reshape(-1, linear, stride)      # the rest is free
-            mirror.append(back)
-            plant(conv, conv.weight, basis, slice(kernel - stride, None))     # the newest taps
-            linear = len(basis)
-        start_as_identity(layer, linear)
+                basis = vectors.flip(1)[:, :conv.out_channels * 3 // 4].T.reshape(-1, len(basis), r)
+            mirror.append(basis if mirror else 1 / basis)
+        plant(layer, basis)
         x = layer(x)
     model.encoder.model[-1].conv.conv.weight[COUNT] = 0       # the encoder leaves these latents to the codebooks
     for layer in model.decoder.model:
         if isinstance(layer, (SConv1d, SConvTranspose1d)):    # they undo the encoder's, last to first
-            basis = mirror.pop().transpose(0, 1)                              # (linear channels out, in, r)
-            linear = len(basis)
-        if isinstance(layer, SConv1d):
-            plant(layer.conv.conv, layer.conv.conv.weight, basis, slice(-1, None))
-        if isinstance(layer, SConvTranspose1d):                               # its weight is (in, out, kernel)
-            conv = layer.convtr.convtr
-            plant(conv, conv.weight.transpose(0, 1), basis, slice(basis.shape[2]))
-        start_as_identity(layer, linear)
+            basis = mirror.pop().transpose(0, 1)
+        plant(layer, basis)
 
 
-def plant(conv, weight, basis, taps):
-    """The first output channels become `basis` (out, in, taps) of the first input ones: weight (out, in, kernel)."""
-    weight[:len(basis)] = 0
-    weight[:len(basis), :basis.shape[1], taps] = basis
-    conv.bias.zero_()
-
-
-def start_as_identity(layer, linear):
-    """Let a residual block, or an LSTM with a skip around it, pass the first `linear` channels nearly unchanged."""
+def plant(layer, basis):
+    """In a convolution, the first channels out become `basis` (out, in, taps) of the first ones in; a residual block,
+    or an LSTM with a skip around it, passes them nearly unchanged."""
+    n_out, n_in, n_taps = basis.shape
+    if isinstance(layer, SConv1d):
+        conv = layer.conv.conv
+        conv.weight[:n_out] = 0                               # (out, in, kernel)
+        conv.weight[:n_out, :n_in, -n_taps:] = basis          # the newest taps
+        conv.bias.zero_()
+    if isinstance(layer, SConvTranspose1d):
+        conv = layer.convtr.convtr
+        conv.weight[:, :n_out] = 0                            # (in, out, kernel)
+        conv.weight[:n_in, :n_out, :n_taps] = basis.transpose(0, 1)
+        conv.bias.zero_()
     if isinstance(layer, SEANetResnetBlock):
         shortcut, branch = layer.shortcut.conv.conv, layer.block[-1].conv.conv
-        shortcut.weight[:linear] = torch.eye(len(shortcut.weight))[:linear, :, None]
-        branch.weight[:linear] *= 0.01
-        shortcut.bias[:linear] = branch.bias[:linear] = 0
+        shortcut.weight[:n_out] = torch.eye(len(shortcut.weight))[:n_out, :, None]
+        branch.weight[:n_out] *= 0.01
+        shortcut.bias[:n_out] = branch.bias[:n_out] = 0
     if isinstance(layer, SLSTM):
         for parameter in layer.parameters():
             parameter *= 0.1
@@ -182,26 +175,22 @@ def nearest(x, codebook):
 
 
 def described(rest, k, first):
-    """The part of rest (rows, C) that codebook k is fitted to: for codebook 1 only the latents `first`, the envelope.
-
-    Its vectors then differ in nothing else, so nothing else decides which is nearest. Otherwise the waveform, loud and
-    hard to predict, would use up its ten bits."""
+    """What codebook k is fitted to, of rest (rows, C): for the first only the latents `first`, the envelope. So its
+    vectors differ in nothing else. Otherwise the waveform, loud and hard to predict, would use up its ten bits."""
     return F.pad(rest[:, first], (first.start, rest.shape[1] - first.stop)) if k == 0 else rest
 
 
 def count_latents(counts):
     """Numbers of codebooks (B,) -> the last latents, (B, 4), of the decoder's input for that many.
 
-    The decoder should treat a rough waveform differently from a fine one. So every vector of codebook 1 holds 1/4 in
-    the first of these latents, and those of 2, 3 and 5 hold it in one of the others: the sum, the decoder's input,
-    tells how many were added. Within a codebook all vectors agree there, so this changes no choice."""
+    They tell it how rough a waveform to expect. Every vector of codebook 1 holds 1/4 in the first of them, those of 2,
+    3 and 5 in one of the others; they are added up. Within a codebook all agree there, so this changes no choice."""
     return torch.stack([counts > n for n in (0, 1, 2, 4)], dim=1) / 4
 
 
 @torch.no_grad()
 def fit_codebooks(quantizer, latents, first, rounds=20):
-    """K-means, one codebook after the other, each on what those before it left over: latents (rows, C); first: as in
-    `described`."""
+    """K-means, one codebook after the other, each on what those before it left over: latents (rows, C)."""
     residual = latents
     for k, layer in enumerate(quantizer.vq.layers):
         book, target = layer._codebook, described(residual, k, first)
@@ -221,10 +210,8 @@ def fit_codebooks(quantizer, latents, first, rounds=20):
 
 @torch.no_grad()
 def follow(book, index, x, decay=0.99):
-    """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,).
-
-    Running averages: cluster_size says how often a code is used, 1 on average, and embed_avg is the sum of what it was
-    used for."""
+    """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,). Running averages:
+    cluster_size says how often a code is used, 1 on average, and embed_avg is the sum of what it was used for."""
     # one-hot products and torch.where, not bincount or a list of dead codes, for which the CPU would await the GPU
     assigned = F.one_hot(index, CODEBOOK_SIZE).type_as(x) * (CODEBOOK_SIZE / len(x))      # (n, 1024)
     book.cluster_size.lerp_(assigned.sum(0), 1 - decay)
@@ -239,7 +226,6 @@ def follow(book, index, x, decay=0.99):
 @torch.no_grad()
 def quantize(quantizer, latents, counts, adapt):
     """Latents (B, C, T) -> what the first counts[i] codebooks make of clip i, and codebook 1 alone, (B, C, T) each.
-
     adapt: let the codebooks `follow`."""
     rest, vectors = latents.mT.contiguous(), []               # (B, T, C)
     for k, layer in enumerate(quantizer.vq.layers):
@@ -277,8 +263,7 @@ class Envelope:
         self.basis = directions[:, :ENVELOPE.stop - ENVELOPE.start]                   # (80, 16)
         self.scale = self(wave)[..., 1:].var((0, 2)).sum().rsqrt()
 
-    def bands(self, wave):
-        # a coarse code has no room for what is very quiet
+    def bands(self, wave):                                    # a coarse code has no room for what is very quiet
         return log_bands(wave, 1024, 80, HOP, floor=3e-4, window=self.window)
 
     def __call__(self, wave):
@@ -296,9 +281,8 @@ def mel_loss(out, wave):
 
 
 def wave_loss(out, wave, fine):
-    """L1 relative to each clip's level, out and wave (B, N); clips where fine (B,) is False count as zero.
-
-    A coarse code does not know the phase, and the best guess at a waveform of unknown phase is silence."""
+    """L1 relative to each clip's level, out and wave (B, N); clips where fine (B,) is False count as zero: a coarse
+    code does not know the phase, and the best guess at a waveform of unknown phase is silence."""
     return ((out - wave).abs().mean(1) / (wave.abs().mean(1) + 1e-2) * fine).mean()
 
 
@@ -306,8 +290,7 @@ def words_loss(out, wave, coarse):
     """1 - correlation between band envelopes over 0.4 s, out and wave (B, N), of the clips where coarse (B,) is True.
 
     This is what STOI measures (Taal et al., 2011), here in the lower 13 of 20 mel bands, to 3.7 kHz (STOI: 4.3): above,
-    where there is little to correlate, the surest way to be like the original is a whistle. Words are made of these
-    envelopes."""
+    where there is little to correlate, the surest way to be like the original is a whistle."""
     bands = (mel_power(frame(w, 512, 256), 20)[..., :13] for w in (wave, out))
     x, y = (b.add(1e-7).sqrt().unfold(1, 36, 3) for b in bands)                       # (B, segments, 13, 36)
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
@@ -330,10 +313,9 @@ def discriminator_loss(discriminator, out, wave):
 def adversarial_losses(discriminator, out, wave):
     """The discriminator's verdict on the decoded clips, and how far its features are from the originals'."""
     with torch.no_grad():
-        real_features = discriminator(wave[:, None])[1]
-    logits, features = discriminator(out[:, None])
-    distances = [(f - r).abs().mean() / r.abs().mean() for fs, rs in zip(features, real_features)
-                 for f, r in zip(fs, rs)]
+        real = discriminator(wave[:, None])[1]
+    logits, fake = discriminator(out[:, None])
+    distances = [(f - r).abs().mean() / r.abs().mean() for fs, rs in zip(fake, real) for f, r in zip(fs, rs)]
     return {"adversarial": sum(F.relu(1 - g).mean() for g in logits) / len(logits),
             "features": sum(distances) / len(distances)}
 
@@ -362,19 +344,20 @@ def perplexity(codes):
 def measure(model, wave):
     """Log-mel distance (mean absolute nats) of clips (B, N) by number of codebooks, and each codebook's perplexity."""
     mel = lambda wave: log_mel(wave, window=HANN)             # the usual window: nothing is predicted here
-    codes = model.quantizer.vq.encode(model.encoder(wave[:, None]))           # (K, B, T)
-    again = {k: model.decoder(model.quantizer.vq.decode(codes[:k]))[:, 0] for k in OFTEN}
-    distance = {k: round((mel(out) - mel(wave)).abs().mean().item(), 3) for k, out in again.items()}
+    codes, distance = model.quantizer.vq.encode(model.encoder(wave[:, None])), {}             # (K, B, T)
+    for k in OFTEN:
+        out = model.decoder(model.quantizer.vq.decode(codes[:k]))[:, 0]
+        distance[k] = round((mel(out) - mel(wave)).abs().mean().item(), 3)
     return distance, [round(perplexity(c)) for c in codes]
 
 
 def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=None):
-    """One batch through the model: leaves gradients on its parameters.
+    """One batch: leaves gradients on the model's parameters; returns the losses by name and, from phase 2 on, the
+    decoded wave (B, N). wave (B, N): clip i is decoded from counts[i] codebooks. frozen: the encoder as phase 3 found
+    it.
 
-    The graph is cut at the latents and at the output; at each cut every loss's gradient is taken alone and weighted by
-    `balance`, and their sum is propagated further.
-    frozen: the encoder as phase 3 found it; wave (B, N); counts (B,): how many codebooks each clip is decoded from;
-    discriminator: None until it joins. Returns the losses by name and, from phase 2 on, the decoded wave (B, N).
+    The graph is cut at the latents and at the output. At each cut every loss's gradient is taken alone, and what
+    `balance` makes of them is propagated further.
 
     phase   losses at the latents    the decoder is given                        and its gradient reaches the latents
       1     envelope                 (it does not run)
@@ -382,13 +365,12 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
       3                              codes                                       none: the encoder is frozen
       4     unchanged, commitment    codes, of codebooks that `follow`           the envelope only, straight through
     """
-    encoder_learns = phase != 3
-    with torch.set_grad_enabled(encoder_learns):
+    gradients = lambda losses, x: {k: torch.autograd.grad(v, x, retain_graph=True)[0] for k, v in losses.items()}
+    with torch.set_grad_enabled(phase != 3):
         latents = model.encoder(wave[:, None])                # (B, C, T)
-    leaf = latents.detach().requires_grad_(encoder_learns)
-    spectral = leaf[:, ENVELOPE]
+    leaf = latents.detach().requires_grad_()
+    spectral, losses, out = leaf[:, ENVELOPE], {}, None
     among_zeros = lambda part: F.pad(part, (0, 0, ENVELOPE.start, leaf.shape[1] - ENVELOPE.stop))
-    losses, out = {}, None
     if phase < 3:
         losses["envelope"] = (spectral - envelope(wave)).square().mean()
     if phase == 2:
@@ -404,19 +386,16 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
         losses["commitment"] = (spectral - first[:, ENVELOPE]).square().mean()                # be near a code
         # straight-through: adds zero, but passes the decoder's gradient at the code on to the encoder's latents
         heard = heard + among_zeros(spectral - spectral.detach())
-    at_latents = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
+    at_latents = gradients(losses, leaf)
     if phase > 1:
         out = model.decoder(heard)[:, 0]                      # (B, N)
         at_output = {"mel": mel_loss(out, wave), "wave": wave_loss(out, wave, counts > 2),
                      "words": words_loss(out, wave, counts <= 2)}
         if discriminator:
             at_output |= adversarial_losses(discriminator, out, wave)
-        out.backward(balance({name: torch.autograd.grad(loss, out, retain_graph=True)[0]
-                              for name, loss in at_output.items()}, norms))
-        losses, out = losses | at_output, out.detach()
-        if encoder_learns:
-            at_latents["decoder"] = leaf.grad
-    if encoder_learns:
+        out.backward(balance(gradients(at_output, out), norms))
+        losses, out, at_latents["decoder"] = losses | at_output, out.detach(), leaf.grad
+    if phase != 3:
         latents.backward(balance(at_latents, norms))
     return losses, out
 
@@ -426,33 +405,32 @@ def export(model, path):
     training_only = ("inited", "cluster_size", "embed_avg")
     weights = {k: v.half().cpu() for k, v in model.state_dict().items() if not k.endswith(training_only)}
     save(path, {"config": SHAPE, "weights": weights})
-    written = Path(path).read_bytes()
-    print(f"wrote {path}: {len(written) / 2**20:.2f} MiB, MINI_SHA256 = \"{hashlib.sha256(written).hexdigest()}\"")
+    print(f'wrote {path}, MINI_SHA256 = "{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"')
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the mini codec.", usage="%(prog)s [options]",
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
-    parser.add_argument("--steps", type=int, default=16_000, help="training steps")
-    parser.add_argument("--adversarial", type=float, default=1.0, help="fraction of the steps after which "
-                        "the discriminator joins (1: never); it costs many times the codec's arithmetic: for a GPU")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=48, help="length of a training crop, in 1/75 s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="out-codec.pt")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT.last, written every two minutes, with "
-                        "the options that the run was started with")
+    add = parser.add_argument
+    add("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
+    add("--steps", type=int, default=16_000, help="training steps")
+    add("--adversarial", type=float, default=1.0, help="fraction of the steps after which the discriminator joins "
+        "(1: never); it costs many times the codec's arithmetic: for a GPU")
+    add("--batch-size", type=int, default=8)
+    add("--frames", type=int, default=48, help="length of a training crop, in 1/75 s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--out", default="out-codec.pt")
+    add("--resume", action="store_true", help="go on from OUT.last, written every two minutes, with its options")
     args = parser.parse_args()
     last = Path(f"{args.out}.last")
     if min(args.steps, args.batch_size) < 1 or args.frames < 29:              # 29: one segment of `words_loss`
         parser.error("--steps and --batch-size must be at least 1, --frames 29")
     if Path(args.out).is_dir() or not last.parent.is_dir():
         parser.error(f"--out {args.out}: not a file in an existing folder")
-    choose_device(args.device)                                # exits in one line if it cannot be used
     if last.exists() and not args.resume:
         sys.exit(f"error: {last} exists: continue it with --resume, delete it, or choose another --out")
+    choose_device(args.device)                                # exits in one line if it cannot be used
     try:
         state = torch.load(last, map_location=args.device, weights_only=True) if args.resume else {"options": {}}
         vars(args).update(state["options"])
@@ -471,22 +449,21 @@ def main():
     initialise(model, some)
     envelope = Envelope(some.to(args.device))
     model.to(args.device)
-    average = copy.deepcopy(model).eval()                     # the weights' moving average, to measure and export;
+    average = copy.deepcopy(model).requires_grad_(False)      # the weights' moving average, to measure and export;
     average.quantizer = model.quantizer                       # the codebooks are averages already
+    frozen, discriminator = copy.deepcopy(average.encoder), None
     optimizer = torch.optim.AdamW([{"params": half.parameters()} for half in (model.encoder, model.decoder)],
                                   betas=(0.8, 0.99), weight_decay=0.0, fused=True)
-    frozen, discriminator = copy.deepcopy(model.encoder), None
     modules = {"model": model, "average": average, "frozen": frozen, "optimizer": optimizer}        # all with a state
     if args.adversarial < 1:
-        from encodec.msstftd import MultiScaleSTFTDiscriminator
         if not hasattr(sys.modules["torchaudio"], "transforms"):
             sys.exit("error: --adversarial needs a torchaudio that loads, and that is one beside a CUDA build of torch")
         sizes = [2048, 1024, 512, 256, 128]
-        discriminator = MultiScaleSTFTDiscriminator(32, n_ffts=sizes, win_lengths=sizes,
-                                                    hop_lengths=[n // 4 for n in sizes]).to(args.device)
+        discriminator = msstftd.MultiScaleSTFTDiscriminator(32, n_ffts=sizes, win_lengths=sizes,
+                                                            hop_lengths=[n // 4 for n in sizes])
+        modules["discriminator"] = discriminator.to(args.device)
         optimizer.add_param_group({"params": discriminator.parameters(), "lr": 3e-4, "betas": (0.5, 0.9),
                                    "weight_decay": 0.01})
-        modules["discriminator"] = discriminator
     step, phase, began, norms = 0, 1, 0, {}                   # began: the step at which the phase did
     if args.resume:
         for name, module in modules.items():
@@ -512,13 +489,13 @@ def main():
                 model.load_state_dict(average.state_dict())
                 frozen.load_state_dict(average.encoder.state_dict())
                 some = batch(train, np.random.default_rng(args.seed), min(256, 32 * args.batch_size), 4 * SAMPLE_RATE)
+                waves = some[:, None].to(args.device).split(16)
                 with torch.no_grad():
-                    latents = torch.cat([frozen(waves).mT.flatten(0, 1)
-                                         for waves in some[:, None].to(args.device).split(16)])
+                    latents = torch.cat([frozen(few).mT.flatten(0, 1) for few in waves])
                 fit_codebooks(model.quantizer, latents, ENVELOPE)
 
-        wave, counts = (x.to(args.device, non_blocking=on_gpu) for x in (wave, counts))       # pinned: nothing waits
-        optimizer.zero_grad(set_to_none=True)
+        wave, counts = (x.to(args.device, non_blocking=True) for x in (wave, counts))     # pinned: nothing waits
+        optimizer.zero_grad()
         listener = discriminator if phase > 1 and step / args.steps > args.adversarial else None
         losses, out = backward(model, frozen, wave, counts, phase, envelope, norms, listener)
         if listener and in_turn:                              # not every step: it learns faster than the codec
@@ -529,12 +506,10 @@ def main():
             group["lr"] = rate * min(1, (step - began + 1) / 200) * max(0.02, 1 - through ** 2)
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
-        with torch.no_grad():
-            for mean, now in zip(average.parameters(), model.parameters()):
-                mean.lerp_(now, 1 - min(0.995, step / (step + 10)))
+        for mean, now in zip(average.parameters(), model.parameters()):
+            mean.lerp_(now.detach(), 1 - min(0.995, step / (step + 10)))
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}  " + "  ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()),
-                  flush=True)
+            print(f"step {step + 1}", *(f" {name} {loss.item():.3f}" for name, loss in losses.items()), flush=True)
         if phase > 2 and (step + 1) % 1000 == 0 or step + 1 == args.steps:
             for name, waves in zip(args.data, held_out):      # the first 4 s of 12 clips
                 waves = [F.pad(torch.from_numpy(w), (0, 4 * SAMPLE_RATE - len(w))) for w in waves[:12]]

@@ -117,13 +117,16 @@ def fetch(name, home=None):
 
 @contextlib.contextmanager
 def disk_errors(folder):
-    """Turn a full disk, or missing permissions, into a DataError that says where."""
+    """Turn a full or missing disk, or missing permissions, into a DataError that says where."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise DataError(f"no permission to use {error.filename or folder}: this program writes into {folder}, and "
                             "reads all audio files of a dataset") from error
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise DataError(f"{error.filename} is a file, or a link to a folder that is not there: is its disk "
+                            "mounted?") from error
         if error.errno not in DISK_FULL:
             raise
         what = "files of this size cannot be kept" if error.errno == errno.EFBIG else "no space left"

@@ -180,7 +180,8 @@ def find_audio(dataset, cache=CACHE):
 def _files(top):
     """Every file below a folder, linked folders included; each folder only once, as links may form a loop."""
     seen = set()
-    for here, folders, files in os.walk(top, followlinks=True):
+    skipped = lambda error: print(f"skipped the folder {error.filename}: {error.strerror}", file=sys.stderr)
+    for here, folders, files in os.walk(top, followlinks=True, onerror=skipped):
         folders.sort()               # or the disk's order would decide under which name a folder linked twice is listed
         if os.path.realpath(here) in seen:
             folders.clear()
@@ -248,7 +249,8 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
     short = os.fsencode(name)[:150].decode(errors="ignore")   # a file name may have 255 bytes
     home = Path(cache) / f"{short}-{codec.name}-{key}"
-    if not (home / "meta.json").is_file():
+    ready = (home / "meta.json").is_file()
+    if not ready:
         with disk_errors(cache), locked(Path(cache)):
             if not (home / "meta.json").is_file():            # another process may have made it while this one waited
                 unfinished = home.with_name(f".{home.name}")
@@ -267,7 +269,11 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                 shutil.rmtree(home, ignore_errors=True)
                 os.replace(unfinished, home)                  # only a finished cache ever gets the name
     shutil.rmtree(home / "clips", ignore_errors=True)         # joined; an earlier call may have been killed just here
-    return Dataset(home)
+    data = Dataset(home)
+    if ready and data.meta["skipped"]:                        # otherwise `_encode` has just said so
+        print(f"{len(data.meta['skipped'])} files of '{name}' were skipped; to try them again, delete {home}",
+              file=sys.stderr)
+    return data
 
 
 def _encode(clips, folder, files, codec, made_with, title, quiet):

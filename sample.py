@@ -66,7 +66,8 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if top_p is not None:
         p, order = logits.softmax(-1).sort(descending=True)
         before = p.cumsum(-1) - p                             # probability of the codes likelier than this one
-        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), -torch.inf)      # sorting undone
+        beyond = (before >= top_p) & (before > 0)             # never the likeliest, even if top_p rounds to 0
+        logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)         # sorting undone
     return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
 
 
@@ -159,7 +160,7 @@ def main():
     n_frames = round(args.seconds * FRAME_RATE)
     generator = torch.Generator().manual_seed(args.seed)
     parts = [] if live else [name.with_name(f".{name.stem}.{os.getpid()}.part{name.suffix}") for name in names]
-    start = time.time()
+    start = time.perf_counter()
     with contextlib.ExitStack() as cleanup:
         for part in parts:
             cleanup.callback(part.unlink, missing_ok=True)
@@ -175,7 +176,7 @@ def main():
                 sys.stdout.buffer.flush()
             for file, row in zip(files, samples):
                 file.write(row)
-            seconds, pace = t / FRAME_RATE, t / FRAME_RATE / (time.time() - start)
+            seconds, pace = t / FRAME_RATE, t / FRAME_RATE / (time.perf_counter() - start)
             if sys.stderr.isatty() and t % 15 == 0:
                 print(f"\r{seconds:.1f} s at {pace:.2f} x real time ", end="", file=sys.stderr)
         for file, part, name in zip(files, parts, names):
@@ -189,6 +190,7 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")         # a path may hold what the terminal cannot show
     try:
         main()
     except (CheckpointError, CodecError, DataError) as error:

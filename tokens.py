@@ -31,10 +31,11 @@ from pathlib import Path
 import torch
 
 # encodec imports torchaudio, which we never use. Its only wheel is built for CUDA and fails to load beside a CPU build
-# of torch: then, and only then, an empty module of that name (with a spec, for find_spec) takes its place.
+# of torch (OSError) or one for another CUDA (RuntimeError): then, and only then, an empty module of that name (with a
+# spec, for find_spec) takes its place.
 try:
     import torchaudio                # noqa: F401
-except (ImportError, OSError):
+except (ImportError, OSError, RuntimeError):
     spec = importlib.machinery.ModuleSpec("torchaudio", None)
     sys.modules["torchaudio"] = importlib.util.module_from_spec(spec)
 import encodec.model

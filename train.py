@@ -310,6 +310,8 @@ def check_options(args, config):
     if stretch % args.context or positions % stretch:
         sys.exit(f"error: --stretch {stretch} must be a multiple of the context, {args.context}, and divide the batch, "
                  f"{positions} positions")
+    if args.mix is not None and not config.use_mel:
+        sys.exit("error: --mix chooses between two kinds of mel, and a token-only model reads none")
     if args.own_details and (args.mix is not None or not config.use_mel or config.n_input_codebooks > 1
                              or not 1 < config.n_codebooks == args.mel_codebooks
                              or cannot_be_sampled(config, vars(args))):
@@ -441,7 +443,7 @@ def main():
         signal.signal(signal.SIGHUP, stop_soon)
 
     # --- the loop
-    start, tokens_logged, time_logged = time.time() - seconds, tokens_seen, time.time()
+    start, tokens_logged, time_logged = time.perf_counter() - seconds, tokens_seen, time.perf_counter()
     lr, grad_norm = 0.0, torch.zeros(())                      # for `diverged`, before the first step
 
     def diverged(what):
@@ -452,7 +454,7 @@ def main():
     while True:
         # Only here, between two steps, is a run evaluated, saved and ended. What is saved, but for `best`, is the state
         # before this evaluation, which --resume repeats: so log_size is taken now, and --resume cuts the log off there
-        seconds, log_size = time.time() - start, log.tell()
+        seconds, log_size = time.perf_counter() - start, log.tell()
         stop = max(stopped_by, default=0)                     # a signal's number; 0: none
         if WORLD > 1:                                         # all processes stop after the same step
             stop = torch.tensor(stop)                         # on the CPU: no step should wait for a GPU
@@ -480,7 +482,7 @@ def main():
                                     seconds=seconds, best=best, log_size=log_size, args=options, **facts)
             os.fsync(log.fileno())                            # so that even after a power cut it is as long as log_size
             save(last, content)
-            time_logged, tokens_logged = time.time(), tokens_seen                 # excluded from tokens/s
+            time_logged, tokens_logged = time.perf_counter(), tokens_seen         # excluded from tokens/s
         if stop:
             launch = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
             say(f"stopped at step {step}; continue with: {launch} train.py --resume --out {out}"
@@ -532,8 +534,8 @@ def main():
             if WORLD > 1:
                 dist.all_reduce(loss_sum)
             loss_value = loss_sum.item()                      # a CPU-GPU sync point, hence not every step
-            rate = (tokens_seen - tokens_logged) / (time.time() - time_logged)
-            time_logged, tokens_logged = time.time(), tokens_seen
+            rate = (tokens_seen - tokens_logged) / (time.perf_counter() - time_logged)
+            time_logged, tokens_logged = time.perf_counter(), tokens_seen
             write_log({"step": step, "loss": loss_value, "lr": lr, "tokens_per_second": round(rate)})
             say(f"step {step:5d}  loss {loss_value:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s")
 
@@ -546,6 +548,7 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")         # a path may hold what the terminal cannot show
     try:
         main()
     except (CheckpointError, CodecError, DataError) as error:

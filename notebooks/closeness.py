@@ -18,6 +18,7 @@ Generated sets are also measured with only their coarse codes decoded, and drawn
 chance moves a figure. Prints a table and writes a file, by default results/closeness-DATASET.json.
 """
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -56,12 +57,11 @@ def frechet(a, b):
 def recordings(dataset, seconds):
     """The first `seconds` of every clip -> training waves and validation waves, (N,) each."""
     folder, names = find_audio(dataset)
-    splits = [], []
-    for name, is_val in zip(names, split_clips(names, dataset)):
-        try:
-            wave = torch.from_numpy(next(read_blocks(folder / name, int(seconds * SAMPLE_RATE), silence=0)))
-        except DataError:                                                        # `prepare` has named and skipped it
-            continue
+    waves, splits = {}, ([], [])
+    for name in names:
+        with contextlib.suppress(DataError):                                     # `prepare` has named and skipped it
+            waves[name] = torch.from_numpy(next(read_blocks(folder / name, int(seconds * SAMPLE_RATE), silence=0)))
+    for (name, wave), is_val in zip(waves.items(), split_clips(list(waves), dataset)):
         if len(wave) > 2 * LAG * HOP:
             splits[is_val].append(wave)
     return splits

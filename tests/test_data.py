@@ -234,6 +234,8 @@ def test_unusable_files_are_skipped_and_named_in_one_line(tmp_path, tiny_codec, 
     assert all(name in lines[0] for name in ("text.wav", "empty.wav", "nan.wav", "b-late.wav", "short.wav"))
     assert "NaN" in lines[0] and "shorter than one frame" in lines[0] and "notes" not in lines[0]
     assert len(dataset.meta["skipped"]) == 5
+    prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)           # opened again: what it lacks is not forgotten
+    assert f"5 files of 'in' were skipped; to try them again, delete {dataset.home}" in capsys.readouterr().err
 
     clean = prepare(clips(tmp_path / "clean", n=3), tiny_codec, tmp_path / "cache", quiet=True)
     assert np.array_equal(dataset.codes, clean.codes) and np.array_equal(dataset.mel, clean.mel)
@@ -461,6 +463,26 @@ def test_linked_folders_are_searched_and_a_link_back_up_does_no_harm(tmp_path, t
     (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     assert len(data.find_audio(tmp_path / "in", tmp_path / "cache")[1]) == 4
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, capsys):
+    clips(tmp_path / "in", n=2)
+    clips(tmp_path / "in" / "closed", n=2)
+    scandir = os.scandir
+
+    def refusing(path):                                       # chmod would not stop root
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert len(data.find_audio(tmp_path / "in", tmp_path / "cache")[1]) == 2
+    assert f"skipped the folder {tmp_path / 'in' / 'closed'}: Permission denied" in capsys.readouterr().err
+
+
+def test_a_cache_on_a_disk_that_is_not_mounted_is_one_clear_line(tmp_path, tiny_codec):
+    (tmp_path / "cache").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match="cache is a file, or a link to a folder that is not there"):
+        prepare(clips(tmp_path / "in", n=2), tiny_codec, tmp_path / "cache", quiet=True)
 
 
 @pytest.mark.parametrize("first", ["z", "a"])

@@ -68,7 +68,7 @@ def run(clips, tiny_codec_file, tmp_path_factory):
         if small:
             options = ["--dataset", clips, "--codec", tiny_codec_file, "--steps", 4, "--eval-every", 2,
                        "--context", 32, "--batch-size", 2, "--device", "cpu", "--model", "nano", *options]
-        out, err, code = io.StringIO(), io.StringIO(), 0
+        out, err, code = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO(), 0
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 mock.patch.object(sys, "argv", [str(SCRIPT), *map(str, options)]), \
@@ -83,7 +83,7 @@ def run(clips, tiny_codec_file, tmp_path_factory):
         if isinstance(code, str):                             # sys.exit("error: …") prints its message and exits 1
             err.write(code + "\n")
             code = 1
-        return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+        return SimpleNamespace(code=code, out=out.buffer.getvalue().decode(), err=err.getvalue())
     run.cache = cache
     return run
 
@@ -903,6 +903,7 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
         ["--n-codebooks", 1], ["--mel-codebooks", 0], ["--mix", 0], ["--latents"], ["--window", 512, 512],
         ["--model", "nano-gpt"], ["--mel-codebooks", 0, "--lookahead", 9], ["--n-codebooks", 1, "--mel-codebooks", 1],
         ["--set", "n_input_codebooks=8"])],
+    (["--model", "nano-gpt", "--mix", 0], ["--mix", "token-only"]),
     (["--dataset", ""], ["no dataset ''"]),
     (["--codec-dir", ""], ["empty name"]),
     (["--batch-size", "many"], ["--batch-size"]),

@@ -133,7 +133,7 @@ def initialise(model, wave):
                 patches = x[:, :len(basis)].unfold(2, r, r).transpose(1, 2).flatten(2).flatten(0, 1)          # (n, C*r)
                 _, vectors = torch.linalg.eigh(patches.T @ patches)           # columns, by rising eigenvalue
                 basis = vectors.flip(1)[:, :conv.out_channels * 3 // 4].T.reshape(-1, len(basis), r)
-            mirror.append(basis if mirror else 1 / basis)
+            mirror.append(basis if mirror else 1 / basis)     # the waveform: 0.1 in, 10 out
         plant(layer, basis)
         x = layer(x)
     model.encoder.model[-1].conv.conv.weight[COUNT] = 0       # the encoder leaves these latents to the codebooks
@@ -190,7 +190,7 @@ def count_latents(counts):
 
 @torch.no_grad()
 def fit_codebooks(quantizer, latents, first, rounds=20):
-    """K-means, one codebook after the other, each on what those before it left over: latents (rows, C)."""
+    """K-means, codebook by codebook, each on what those before left over: latents (rows, C); first: see `described`."""
     residual = latents
     for k, layer in enumerate(quantizer.vq.layers):
         book, target = layer._codebook, described(residual, k, first)
@@ -250,10 +250,9 @@ class Envelope:
     """wave (B, N) -> targets for 16 latents, (B, 16, T): the spectral envelope, less a predictable part.
 
     The 16 strongest principal components of log-mel frames (one per code; the window ends where the code's samples do),
-    less `whiten` times those of the frame before. A code is chosen without regard to its neighbours, so whatever
-    repeats from frame to frame costs bits in each; but with all of it subtracted, the decoder, which adds the frames up
-    again, would also add up their errors. The best lies in between, as in half-whitening (Costas, Coding with linear
-    systems, 1952). Fitted to some audio (B, N), on which the variances of the targets sum to 1."""
+    less `whiten` times those of the frame before: what repeats from frame to frame would cost bits in each. Not all of
+    it is subtracted, as the decoder, which adds the frames up again, would also add up their errors (half-whitening:
+    Costas, Coding with linear systems, 1952). Fitted to audio (B, N), on which the targets' variances sum to 1."""
 
     def __init__(self, wave, window=HANN, whiten=WHITEN):
         self.window, self.whiten, self.scale = window, whiten, 1.0
@@ -321,9 +320,8 @@ def adversarial_losses(discriminator, out, wave):
 
 
 def balance(gradients, norms):
-    """Gradients (B, ...) by name, at one tensor -> their sum, in which each has the share that WEIGHTS gives it.
-
-    EnCodec's balancer: each is divided by a moving average of its norm, kept in `norms`; the shares sum to 1."""
+    """EnCodec's balancer: gradients (B, ...) by name, at one tensor -> their sum, in which each has the share that
+    WEIGHTS gives it, whatever its scale: it is divided by a moving average of its norm, kept in `norms`."""
     total = 0.0
     for name, gradient in gradients.items():
         norm = gradient.flatten(1).norm(dim=1).mean()
@@ -344,17 +342,15 @@ def perplexity(codes):
 def measure(model, wave):
     """Log-mel distance (mean absolute nats) of clips (B, N) by number of codebooks, and each codebook's perplexity."""
     mel = lambda wave: log_mel(wave, window=HANN)             # the usual window: nothing is predicted here
-    codes, distance = model.quantizer.vq.encode(model.encoder(wave[:, None])), {}             # (K, B, T)
-    for k in OFTEN:
-        out = model.decoder(model.quantizer.vq.decode(codes[:k]))[:, 0]
-        distance[k] = round((mel(out) - mel(wave)).abs().mean().item(), 3)
+    codes = model.quantizer.vq.encode(model.encoder(wave[:, None]))           # (K, B, T)
+    again = {k: model.decoder(model.quantizer.vq.decode(codes[:k]))[:, 0] for k in OFTEN}
+    distance = {k: round((mel(out) - mel(wave)).abs().mean().item(), 3) for k, out in again.items()}
     return distance, [round(perplexity(c)) for c in codes]
 
 
 def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=None):
-    """One batch: leaves gradients on the model's parameters; returns the losses by name and, from phase 2 on, the
-    decoded wave (B, N). wave (B, N): clip i is decoded from counts[i] codebooks. frozen: the encoder as phase 3 found
-    it.
+    """One batch, wave (B, N), clip i decoded from counts[i] codebooks: leaves gradients on the model's parameters,
+    returns the losses by name and, from phase 2 on, the decoded wave. frozen: the encoder as phase 3 found it.
 
     The graph is cut at the latents and at the output. At each cut every loss's gradient is taken alone, and what
     `balance` makes of them is propagated further.
@@ -394,7 +390,8 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
         if discriminator:
             at_output |= adversarial_losses(discriminator, out, wave)
         out.backward(balance(gradients(at_output, out), norms))
-        losses, out, at_latents["decoder"] = losses | at_output, out.detach(), leaf.grad
+        losses, out = losses | at_output, out.detach()
+        at_latents["decoder"] = leaf.grad
     if phase != 3:
         latents.backward(balance(at_latents, norms))
     return losses, out

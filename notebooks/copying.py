@@ -3,10 +3,11 @@ copying.py: does a model play back pieces of what it was trained on?
 
     python notebooks/copying.py corpora/large/music assets/nano-music.pt assets/nano-gpt-music.pt
 
-For every generated clip: the longest run of coarse codes that some training clip holds, too. A code that is repeated
-(a pause, a sustained note) counts once, or silences would be the longest. Real clips of the validation split, which no
-model has been trained on, show how long such runs are by chance. DATASET is the one that the checkpoints were trained
-on, or this says nothing. Prints a table and writes results/copying-DATASET.json.
+For every generated clip: the longest run of coarse codes that some training clip holds, too. A code that is repeated (a
+pause, a sustained note) counts once, or silences would be the longest. Real clips of the validation split, which no
+model has been trained on, show how long such runs are by chance. Only playback code by code is found, not near copies:
+the same sound a little later or softer has other codes. DATASET is the one that the checkpoints were trained on, or
+this says nothing. Prints a table and writes results/copying-DATASET.json.
 """
 import argparse
 import itertools

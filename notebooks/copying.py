@@ -6,8 +6,8 @@ copying.py: does a model play back pieces of what it was trained on?
 For every generated clip: the longest run of coarse codes that some training clip holds, too. A code that is repeated (a
 pause, a sustained note) counts once, or silences would be the longest. Real clips of the validation split, which no
 model has been trained on, show how long such runs are by chance. Only playback code by code is found, not near copies:
-the same sound a little later or softer has other codes. DATASET is the one that the checkpoints were trained on, or
-this says nothing. Prints a table and writes results/copying-DATASET.json.
+to show that, some training clips are encoded again, half a frame later. DATASET is the one that the checkpoints were
+trained on, or this says nothing. Prints a table and writes results/copying-DATASET.json.
 """
 import argparse
 import itertools
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from closeness import recordings
 from data import MEL_OPTIONS, DataError, prepare
 from experiments import RESULTS, commit, label, machine, write
-from mel import FRAME_RATE
+from mel import FRAME_RATE, HOP
 from model import CheckpointError
 from sample import generate, load
 from tokens import CodecError
@@ -67,6 +68,10 @@ def main():
         training = [without_repeats(coarse[start:end]) for start, end in data.train]
         if not rows:
             compare("validation clips", [coarse[start:end][:n_frames] for start, end in data.val], training)
+            waves, _ = recordings(args.dataset, args.seconds)                             # training clips
+            some = waves[::max(1, len(waves) // args.clips)]
+            later = [codec.encode(wave[None, HOP // 2:], 1)[0, 0].numpy().astype(coarse.dtype) for wave in some]
+            compare("training clips, half a frame later", later, training)
         frames = generate(model, codec, n_frames, args.clips, generator=torch.Generator().manual_seed(0))
         codes = torch.cat([codes[:, 0] for codes, _ in frames], dim=1)                    # (clips, n_frames)
         compare(Path(path).stem, list(codes.numpy().astype(coarse.dtype)), training)

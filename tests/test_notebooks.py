@@ -316,6 +316,7 @@ def test_copying_knows_a_model_that_copies(monkeypatch, tmp_path):
     codes = np.random.default_rng(0).integers(1023, size=(300, 8)).astype(np.uint16)
     data = SimpleNamespace(codes=codes, train=np.array([[0, 200]]), val=np.array([[200, 300]]))
     monkeypatch.setattr(copying, "prepare", lambda dataset, codec, **mel: data)
+    monkeypatch.setattr(copying, "recordings", lambda dataset, seconds: ([0.1 * torch.randn(24_000)], []))
 
     def generate(model, codec, n_frames, num, generator):
         for frame in torch.from_numpy(codes[100:100 + n_frames].astype(np.int64)):               # of a training clip
@@ -324,8 +325,9 @@ def test_copying_knows_a_model_that_copies(monkeypatch, tmp_path):
     ready = NOTEBOOKS.parent / "assets" / "nano-speech.pt"
     monkeypatch.setattr(sys, "argv", ["copying.py", "speech", str(ready), "--clips", "2", "--seconds", "1"])
     copying.main()
-    real, generated = json.loads((tmp_path / "copying-speech.json").read_text())["rows"]
+    real, later, generated = json.loads((tmp_path / "copying-speech.json").read_text())["rows"]
     assert generated["longest"] == [len(copying.without_repeats(codes[100:175, 0])), 0] and real["longest"][0] < 5
+    assert len(later["longest"]) == 1
 
 
 @pytest.mark.parametrize("model, rate", [

@@ -271,7 +271,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     shutil.rmtree(home / "clips", ignore_errors=True)         # joined; an earlier call may have been killed just here
     data = Dataset(home)
     if ready and data.meta["skipped"]:                        # otherwise `_encode` has just said so
-        print(f"{len(data.meta['skipped'])} files of '{name}' were skipped; to try them again, delete {home}",
+        print(f"skipped earlier: {len(data.meta['skipped'])} of {len(names)} files; to try them again, delete {home}",
               file=sys.stderr)
     return data
 

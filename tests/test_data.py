@@ -235,7 +235,7 @@ def test_unusable_files_are_skipped_and_named_in_one_line(tmp_path, tiny_codec, 
     assert "NaN" in lines[0] and "shorter than one frame" in lines[0] and "notes" not in lines[0]
     assert len(dataset.meta["skipped"]) == 5
     prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)           # opened again: what it lacks is not forgotten
-    assert f"5 files of 'in' were skipped; to try them again, delete {dataset.home}" in capsys.readouterr().err
+    assert f"skipped earlier: 5 of 8 files; to try them again, delete {dataset.home}" in capsys.readouterr().err
 
     clean = prepare(clips(tmp_path / "clean", n=3), tiny_codec, tmp_path / "cache", quiet=True)
     assert np.array_equal(dataset.codes, clean.codes) and np.array_equal(dataset.mel, clean.mel)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -21,6 +22,7 @@ import copying                                                         # noqa: E
 import experiments                                                     # noqa: E402
 import refit_codec                                                     # noqa: E402
 import train_codec                                                     # noqa: E402
+from data import prepare, split_clips                                  # noqa: E402
 from mel import HANN, WINDOW, log_mel                                  # noqa: E402
 from tokens import load_codec                                          # noqa: E402
 
@@ -313,21 +315,33 @@ def test_copying_finds_the_longest_run_that_a_training_clip_holds():
 
 def test_copying_knows_a_model_that_copies(monkeypatch, tmp_path):
     monkeypatch.setattr(copying, "RESULTS", tmp_path)
-    codes = np.random.default_rng(0).integers(1023, size=(300, 8)).astype(np.uint16)
+    wave = 0.1 * torch.randn(300 * 320, generator=torch.Generator().manual_seed(0))
+    codes = load_codec("mini").encode(wave[None], 8)[0].T.numpy().astype(np.uint16)                  # (300, 8)
     data = SimpleNamespace(codes=codes, train=np.array([[0, 200]]), val=np.array([[200, 300]]))
     monkeypatch.setattr(copying, "prepare", lambda dataset, codec, **mel: data)
-    monkeypatch.setattr(copying, "recordings", lambda dataset, seconds: ([0.1 * torch.randn(24_000)], []))
+    monkeypatch.setattr(copying, "recordings", lambda dataset, seconds: ([wave[:75 * 320]], []))
 
     def generate(model, codec, n_frames, num, generator):
         for frame in torch.from_numpy(codes[100:100 + n_frames].astype(np.int64)):               # of a training clip
-            yield torch.stack([frame[:, None], torch.full((8, 1), 1023)]), None                  # a code of no clip
+            yield torch.stack([frame[:, None], torch.full((8, 1), 1024)]), None                  # a code of no clip
     monkeypatch.setattr(copying, "generate", generate)
     ready = NOTEBOOKS.parent / "assets" / "nano-speech.pt"
     monkeypatch.setattr(sys, "argv", ["copying.py", "speech", str(ready), "--clips", "2", "--seconds", "1"])
     copying.main()
     real, later, generated = json.loads((tmp_path / "copying-speech.json").read_text())["rows"]
     assert generated["longest"] == [len(copying.without_repeats(codes[100:175, 0])), 0] and real["longest"][0] < 5
-    assert len(later["longest"]) == 1
+    assert later["longest"][0] < 5               # of 75: the wave that was trained on, but half a frame later
+
+
+def test_closeness_splits_a_folder_as_training_does_when_a_file_cannot_be_read(tmp_path):
+    for i in range(6):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(24_000, (i + 1) / 10), 24_000)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path / names[split_clips(names).index(True)]).write_bytes(b"not audio")              # the only one held out
+    data = prepare(tmp_path, load_codec("mini"), tmp_path.parent / "cache", quiet=True)
+    held_out = {clip["name"] for clip in data.meta["clips"] if clip["val"]}
+    train, val = closeness.recordings(tmp_path, 1)
+    assert {f"{round(wave[0].item() * 10) - 1}.wav" for wave in val} == held_out and len(train) == 5 - len(held_out)
 
 
 @pytest.mark.parametrize("model, rate", [

@@ -7,6 +7,9 @@ for that: two shapes stand for `mini` and for Meta's 24 kHz model, codebooks spr
 import functools
 import hashlib
 import http.server
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from unittest import mock
@@ -458,3 +461,13 @@ def test_each_doubling_of_minis_codebooks_brings_the_audio_closer(view):
 
 def test_a_folder_of_weights_goes_with_encodec_alone(tmp_path):
     assert "goes with codec encodec" in refusal(lambda: load_codec("mini", folder=tmp_path))
+
+
+@pytest.mark.parametrize("torchaudio, loads", [("loads = True", True), ("raise OSError('libc10_cuda.so')", False),
+                                               ("raise RuntimeError('compiled with different CUDA versions')", False)])
+def test_a_torchaudio_that_cannot_be_loaded_is_replaced_and_no_other(tmp_path, torchaudio, loads):
+    (tmp_path / "torchaudio.py").write_text(torchaudio)
+    code = "import sys, tokens; print(hasattr(sys.modules['torchaudio'], 'loads'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(SPEECH.parent.parent)])})
+    assert done.stdout.strip() == str(loads), done.stderr

@@ -67,6 +67,15 @@ def recordings(dataset, seconds):
     return splits
 
 
+def load_all(paths):
+    """Checkpoints of train.py -> {path: (model, codec, checkpoint)} and their codec; CodecError if not the same."""
+    models = {path: load(path) for path in paths}
+    codec = models[paths[0]][1]
+    if any(other.checksum != codec.checksum for _, other, _ in models.values()):
+        raise CodecError("the checkpoints were trained on codes of different codecs: compare those of one at a time")
+    return models, codec
+
+
 def pair(text):
     """Two temperatures like 1:0.5."""
     try:
@@ -98,10 +107,7 @@ def main():
     out = args.out or Path(__file__).parent.parent / "results" / f"closeness-{label(args.dataset)}.json"
     if out.is_dir() or not out.parent.is_dir():
         parser.error(f"--out {out}: not a file in an existing folder")
-    models = {path: load(path) for path in args.checkpoints}
-    codec = models[args.checkpoints[0]][1]
-    if any(other.checksum != codec.checksum for _, other, _ in models.values()):
-        raise CodecError("the checkpoints were trained on codes of different codecs: compare those of one at a time")
+    models, codec = load_all(args.checkpoints)
     train, val = recordings(args.dataset, args.seconds)
     if not (train and val):
         raise DataError(f"{args.dataset}: wants a clip of more than {2 * LAG} frames in each split")

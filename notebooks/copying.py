@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from closeness import recordings
+from closeness import load_all, recordings
 from data import MEL_OPTIONS, DataError, prepare
 from experiments import RESULTS, commit, label, machine, write
 from mel import FRAME_RATE, HOP
 from model import CheckpointError
-from sample import generate, load
+from sample import generate
 from tokens import CodecError
 
 
@@ -53,28 +53,26 @@ def main():
     args = parser.parse_args()
     if args.clips < 1 or not 1 <= args.seconds * FRAME_RATE < 1e6:
         parser.error("--clips must be at least 1, --seconds at least one frame")
+    models, codec = load_all(args.checkpoints)
+    checkpoint = models[args.checkpoints[0]][2]               # any would do: the codes do not depend on the mel
+    data = prepare(args.dataset, codec, **{name: checkpoint[name] for name in MEL_OPTIONS})
+    coarse = data.codes[:, 0]
+    training = [without_repeats(coarse[start:end]) for start, end in data.train]
     n_frames, made_by, rows = round(args.seconds * FRAME_RATE), commit(), []
 
-    def compare(what, clips, training):
-        runs = longest_shared([without_repeats(clip) for clip in clips], training)
+    def compare(what, clips):
+        runs = longest_shared([without_repeats(np.asarray(clip, coarse.dtype)) for clip in clips], training)
         rows.append({"what": what, "mean": round(np.mean(runs), 2), "longest": runs})
         print(f"| {what} | {np.mean(runs):.2f} | {max(runs)} |", flush=True)
 
     print("| longest run of codes shared with a training clip | mean over clips | longest |\n|---|---|---|")
-    for path in args.checkpoints:
-        model, codec, checkpoint = load(path)
-        data = prepare(args.dataset, codec, **{name: checkpoint[name] for name in MEL_OPTIONS})
-        coarse = data.codes[:, 0]
-        training = [without_repeats(coarse[start:end]) for start, end in data.train]
-        if not rows:
-            compare("validation clips", [coarse[start:end][:n_frames] for start, end in data.val], training)
-            waves, _ = recordings(args.dataset, args.seconds)                             # training clips
-            some = waves[::max(1, len(waves) // args.clips)]
-            later = [codec.encode(wave[None, HOP // 2:], 1)[0, 0].numpy().astype(coarse.dtype) for wave in some]
-            compare("training clips, half a frame later", later, training)
+    compare("validation clips", [coarse[start:end][:n_frames] for start, end in data.val])
+    waves, _ = recordings(args.dataset, args.seconds)         # training clips
+    some = waves[::max(1, len(waves) // args.clips)]
+    compare("training clips, half a frame later", [codec.encode(wave[None, HOP // 2:], 1)[0, 0] for wave in some])
+    for path, (model, _, _) in models.items():
         frames = generate(model, codec, n_frames, args.clips, generator=torch.Generator().manual_seed(0))
-        codes = torch.cat([codes[:, 0] for codes, _ in frames], dim=1)                    # (clips, n_frames)
-        compare(Path(path).stem, list(codes.numpy().astype(coarse.dtype)), training)
+        compare(Path(path).stem, torch.cat([codes[:, 0] for codes, _ in frames], dim=1))         # (clips, n_frames)
     write(RESULTS / f"copying-{label(args.dataset)}.json",
           {"command": f"python notebooks/copying.py {' '.join(sys.argv[1:])}", "codec": codec.name,
            "codec_checksum": codec.checksum, "seconds": args.seconds, "seed": 0, "temperature": 1.0,

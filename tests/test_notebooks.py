@@ -24,7 +24,7 @@ import refit_codec                                                     # noqa: E
 import train_codec                                                     # noqa: E402
 from data import prepare, split_clips                                  # noqa: E402
 from mel import HANN, WINDOW, log_mel                                  # noqa: E402
-from tokens import load_codec                                          # noqa: E402
+from tokens import CodecError, load_codec                                          # noqa: E402
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
@@ -304,6 +304,13 @@ def test_closeness_hears_log_mel_and_its_change():
     vectors = torch.cat([mel[:-lag], mel[lag:] - mel[:-lag]], dim=1)
     torch.testing.assert_close(mean, vectors.mean(0))
     torch.testing.assert_close(covariance, torch.cov(vectors.T))
+
+
+def test_checkpoints_of_two_codecs_are_not_compared(monkeypatch):
+    monkeypatch.setattr(closeness, "load", lambda path: (None, SimpleNamespace(checksum=path[0]), None))
+    assert list(closeness.load_all(["a1.pt", "a2.pt"])[0]) == ["a1.pt", "a2.pt"]
+    with pytest.raises(CodecError, match="different codecs"):
+        closeness.load_all(["a1.pt", "b1.pt"])
 
 
 def test_copying_finds_the_longest_run_that_a_training_clip_holds():

@@ -48,6 +48,7 @@ ASSETS = Path(__file__).parent / "assets"
 MEL_OPTIONS = ("mel_codebooks", "latents", "lookahead", "window")      # those of `prepare` that choose the mel
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
+ALMOST_VAL = {"val", "valid", "validation", "dev", "test", "eval"}      # beside train/, most likely meant as val/
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
 LONG = 60                            # seconds: on a CPU a longer file is encoded on its own; if all files together are
                                      # shorter, a single process encodes them
@@ -70,10 +71,12 @@ def read_audio(path):
             resampler = None
             if file.samplerate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
+            if file.frames > 2**62:                           # a FLAC that was written into a pipe
+                raise DataError(f"{path}: its header does not tell its length: encode it again")
             n = min(BLOCK, BLOCK * file.samplerate // SAMPLE_RATE) // file.channels
             while len(block := file.read(n, dtype="float32", always_2d=True)):            # may end before it claims to
-                if not (np.abs(block) < 1e9).all():
-                    raise DataError(f"{path}: holds NaN or infinite samples, or some beyond a billion")
+                if not (np.abs(block) < 100).all():           # a little above 1 is normal
+                    raise DataError(f"{path}: holds NaN or infinite samples, or some far outside [-1, 1]")
                 wave = block.mean(axis=1)
                 n_samples += len(wave)
                 yield resampler.resample_chunk(wave) if resampler else wave
@@ -206,6 +209,9 @@ def split_clips(names, dataset=None):
         if others := tops - {"train", "val"}:
             raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
         return [name.startswith("val/") for name in names]
+    if "train" in tops and (unclear := {top for top in tops if top.lower() in ALMOST_VAL}):
+        raise DataError(f"beside train/ the dataset holds {min(unclear)}/: call it val/ if it is to validate, or move "
+                        "it out")
     groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
     hashes = [int(hashlib.sha256(os.fsencode(group)).hexdigest()[:8], 16) / 2**32 for group in groups]
     threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))       # the lowest validates, the highest never does
@@ -231,7 +237,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     dataset: `speech`, `music`, a name of corpora.py or a folder, searched recursively. mel_codebooks, latents,
     lookahead, window: as in `encode_files`. Returns a `Dataset`. It is kept in `cache/`, under a key made of everything
     that its content depends on: files (path, size, time), codec and its checksum, mel settings. Files that cannot be
-    used are skipped and named in one line.
+    used are skipped and named in one line. As it may start processes, a script calls it under `if __name__ == ...`.
     Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be made, or the disk is full
     or not writable.
     """
@@ -246,9 +252,10 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                  "mel_codebooks": mel_codebooks, "lookahead": lookahead, "window": window}
     # any change of these gives another key; after a change of the code raise "format", or an old cache would be taken
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
-    name = dataset if dataset in BUNDLED or dataset in CORPORA else folder.resolve().name
-    short = os.fsencode(name)[:150].decode(errors="ignore")   # a file name may have 255 bytes
-    home = Path(cache) / f"{short}-{codec.name}-{key}"
+    known = dataset in BUNDLED or dataset in CORPORA
+    name = dataset if known else folder.resolve().name
+    short = os.fsencode(f"{name}-{codec.name}")[:200].decode(errors="ignore")     # a file name may have 255 bytes
+    home = Path(cache) / f"{short}-{key}"
     ready = (home / "meta.json").is_file()
     if not ready:
         with disk_errors(cache), locked(Path(cache)):
@@ -258,7 +265,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                 problems = _encode(unfinished / "clips", folder, files, codec, made_with,
                                    f"preparing {name} with {codec.name}", quiet)
                 try:
-                    _join(unfinished, dataset, name, names, made_with, problems)
+                    _join(unfinished, dataset if known else str(folder.resolve()), name, names, made_with, problems)
                 except DataError:
                     shutil.rmtree(unfinished)                 # nothing in it is worth keeping
                     raise
@@ -345,7 +352,10 @@ def _encode_batch(clips, folder, files, codec, made_with, batch):
 
 
 def _join(unfinished, dataset, name, names, made_with, problems):
-    """The encoded clips one after the other: codes.npy, mel.npy, clips.npy, mel_statistics.npz and meta.json."""
+    """The encoded clips one after the other: codes.npy, mel.npy, clips.npy, mel_statistics.npz and meta.json.
+
+    dataset: as `prepare` can find it again, from wherever; name: for messages
+    """
     usable = [i for i in range(len(names)) if i not in problems]
     if not usable:
         raise DataError(f"nothing usable in dataset '{name}': all {len(names)} files were skipped")
@@ -386,7 +396,7 @@ def _join(unfinished, dataset, name, names, made_with, problems):
     covariance = products / n_train - np.outer(mean, mean) + 1e-4 * np.eye(n_mels)        # silence has no variance
     np.savez(unfinished / "mel_statistics.npz", mean=mean, covariance=covariance)
     np.save(unfinished / "clips.npy", clips.astype(np.int64))
-    meta = {"dataset": name, **made_with,
+    meta = {"dataset": dataset, **made_with,
             "n_frames": n_frames, "train_frames": n_train, "val_frames": n_frames - n_train,
             "skipped": [f"{names[i]}: {problem}" for i, problem in sorted(problems.items())],
             "clips": [{"name": c, "val": bool(v)} for c, v in zip(used, is_val)]}

@@ -76,14 +76,14 @@ def mel_to_hz(mel):
     return torch.where(mel < 15, linear, logarithmic)
 
 
-def mel_filterbank(n_fft=N_FFT, n_mels=N_MELS, sample_rate=SAMPLE_RATE):
+def mel_filterbank(n_fft=N_FFT, n_mels=N_MELS):
     """Triangular filters from 0 Hz to Nyquist, equally spaced in mel. Returns (n_fft // 2 + 1, n_mels) float32.
 
     Filter m rises from edge m to edge m+1 and falls to edge m+2. Slaney's norm divides by half the width in Hz,
     so that every triangle has area 1 and white noise gives a flat mel spectrum.
     """
-    bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft        # Hz of each FFT bin
-    top = hz_to_mel(torch.tensor(sample_rate / 2, dtype=torch.float64)).item()
+    bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * SAMPLE_RATE / n_fft        # Hz of each FFT bin
+    top = hz_to_mel(torch.tensor(SAMPLE_RATE / 2, dtype=torch.float64)).item()
     edges = mel_to_hz(torch.linspace(0, top, n_mels + 2, dtype=torch.float64))            # (n_mels + 2,) Hz
     width = edges.diff()                                                                  # (n_mels + 1,)
     rising = (bins[:, None] - edges[:-2]) / width[:-1]                                    # (bins, n_mels)
@@ -127,7 +127,7 @@ def mel_power(segments, n_mels=N_MELS, window=None):
 def log_mel(wave, lookahead=0, window=WINDOW):
     """Causal log-mel spectrogram of a 24 kHz waveform.
 
-    wave (B, N) or (N,) float32 in [-1, 1] -> (B, T, 80) or (T, 80), T = N // 320; raw natural-log power, not
+    wave (B, N) or (N,), floats in [-1, 1] -> (B, T, 80) or (T, 80), T = N // 320; raw natural-log power, not
     whitened. Without a lookahead, frame t depends on samples before (t+1)*HOP only. Differentiable, on any device.
     lookahead: for experiments. N > 0: the window ends N samples *past* the frame, and what it sees there is a leak.
         -N: the same window, but the samples past the frame are zero. The difference in score between N and -N is about
@@ -135,10 +135,11 @@ def log_mel(wave, lookahead=0, window=WINDOW):
     window: (rise, fall) as in `asymmetric_window`; HANN for comparing sounds, where nothing is to be predicted
     Raises ValueError for another number of dimensions, or a window or lookahead that does not fit into 1024 samples.
     """
-    if wave.dim() not in (1, 2):
-        raise ValueError(f"log_mel takes a waveform (N,) or (B, N), not a tensor of shape {tuple(wave.shape)}")
+    if wave.dim() not in (1, 2) or not wave.is_floating_point():
+        raise ValueError("log_mel takes a waveform (N,) or (B, N) of floats, not a tensor of shape "
+                         f"{tuple(wave.shape)} and {wave.dtype}")
     check_window(lookahead, window)
-    return _log_mel(frame(wave, lookahead=max(0, lookahead)), lookahead, window)
+    return _log_mel(frame(wave.float(), lookahead=max(0, lookahead)), lookahead, window)
 
 
 def check_window(lookahead, window):

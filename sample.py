@@ -159,7 +159,7 @@ def main():
         torch.set_num_threads(1)                              # one frame is too little work for several threads
     n_frames = round(args.seconds * FRAME_RATE)
     generator = torch.Generator().manual_seed(args.seed)
-    parts = [] if live else [name.with_name(f".{name.stem}.{os.getpid()}.part{name.suffix}") for name in names]
+    parts = [] if live else [name.with_name(f".{os.getpid()}-{i}.part{name.suffix}") for i, name in enumerate(names)]
     start = time.perf_counter()
     with contextlib.ExitStack() as cleanup:
         for part in parts:

@@ -30,9 +30,9 @@ from pathlib import Path
 
 import torch
 
-# encodec imports torchaudio, which we never use. Its only wheel is built for CUDA and fails to load beside a CPU build
-# of torch (OSError) or one for another CUDA (RuntimeError): then, and only then, an empty module of that name (with a
-# spec, for find_spec) takes its place.
+# encodec imports torchaudio, which we never use. Its wheel for Linux is built for CUDA and fails to load beside a CPU
+# build of torch (OSError) or one for another CUDA (RuntimeError): then, and only then, an empty module of that name
+# (with a spec, for find_spec) takes its place.
 try:
     import torchaudio                # noqa: F401
 except (ImportError, OSError, RuntimeError):
@@ -198,16 +198,17 @@ class Codec:
         return self.model.quantizer.decode(codes.transpose(0, 1))
 
     def encode(self, wave, n_codebooks=None):
-        """24 kHz waveform (B, N) float32 in [-1, 1] -> codes (B, K, N // 320) int64, coarse first.
+        """24 kHz waveform (B, N), floats in [-1, 1] -> codes (B, K, N // 320) int64, coarse first.
 
         n_codebooks: only the first K; all of them by default. Samples after the last whole frame are dropped.
         Raises CodecError for another shape, non-finite samples or a number of codebooks the codec does not have.
         """
-        if wave.dim() != 2:
-            raise CodecError(f"encode takes a waveform (B, N), not a tensor of shape {tuple(wave.shape)}")
+        if wave.dim() != 2 or not wave.is_floating_point():
+            raise CodecError("encode takes a waveform (B, N) of floats, not a tensor of shape "
+                             f"{tuple(wave.shape)} and {wave.dtype}")
         if not wave.isfinite().all():
             raise CodecError("the waveform holds NaN or infinite samples")
-        return self.stream_encoder(n_codebooks).push(wave.to(self.device))
+        return self.stream_encoder(n_codebooks).push(wave.to(self.device, torch.float32))
 
     def decode(self, codes):
         """codes (B, K, T) int64 in [0, 1024), K from 1 to `n_codebooks` -> waveform (B, T * 320) float32.
@@ -260,7 +261,7 @@ def load_codec(name="mini", device="cpu", folder=None):
         return _load_encodec(device, folder)
     if folder:
         raise CodecError(f"a folder of weights goes with codec encodec, not with '{name}'")
-    path = MINI if name == "mini" else Path(name)
+    path = MINI if name == "mini" else Path(name).expanduser()
     if name == "mini" and not path.is_file():
         raise CodecError(f"the bundled codec {path} is missing: restore it with `git checkout assets/mini.pt`")
     if not path.is_file():

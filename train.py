@@ -21,6 +21,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -485,7 +486,7 @@ def main():
             time_logged, tokens_logged = time.perf_counter(), tokens_seen         # excluded from tokens/s
         if stop:
             launch = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
-            say(f"stopped at step {step}; continue with: {launch} train.py --resume --out {out}"
+            say(f"stopped at step {step}; continue with: {launch} train.py --resume --out {shlex.quote(str(out))}"
                 + (f" --device {args.device}" if args.device else ""))
             sys.exit(128 + stop)
         if step == args.steps:
@@ -541,8 +542,9 @@ def main():
 
     print(f"best validation NLL {best:.4f} nats ({abs(unigram - best):.4f} {'below' if best < unigram else 'above'} "
           f"the unigram figure) in {out}"
-          + ("" if cannot_be_sampled(model.config, facts) else f"; hear it with: python sample.py --ckpt {out}"
-             + (f" --codec-dir {args.codec_dir}" if args.codec_dir else "")))
+          + ("" if cannot_be_sampled(model.config, facts)
+             else f"; hear it with: python sample.py --ckpt {shlex.quote(str(out))}"
+             + (f" --codec-dir {shlex.quote(args.codec_dir)}" if args.codec_dir else "")))
     if WORLD > 1:
         dist.destroy_process_group()
 

@@ -32,8 +32,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from data import DataError
-from mel import HANN, SAMPLE_RATE, log_mel
-from tokens import HOP, CodecError, load_codec
+from mel import HANN, HOP, SAMPLE_RATE, log_mel
+from tokens import CodecError, load_codec
 from train_codec import load, perplexity
 
 try:

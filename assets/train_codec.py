@@ -39,9 +39,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
-from mel import HANN, SAMPLE_RATE, frame, log_mel, mel_power
+from mel import HANN, HOP, SAMPLE_RATE, frame, log_mel, mel_power
 from model import save
-from tokens import CODEBOOK_SIZE, HOP, build_mini
+from tokens import CODEBOOK_SIZE, build_mini
 from train import choose_device
 from encodec import msstftd                                                               # tokens makes it importable
 from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock, SLSTM
@@ -425,8 +425,9 @@ def main():
         parser.error("--steps and --batch-size must be at least 1, --frames 29")
     if Path(args.out).is_dir() or not last.parent.is_dir():
         parser.error(f"--out {args.out}: not a file in an existing folder")
-    if last.exists() and not args.resume:
-        sys.exit(f"error: {last} exists: continue it with --resume, delete it, or choose another --out")
+    for path in (last, Path(args.out)):
+        if path.exists() and not args.resume:
+            sys.exit(f"error: {path} exists: continue it with --resume, delete it, or choose another --out")
     choose_device(args.device)                                # exits in one line if it cannot be used
     try:
         state = torch.load(last, map_location=args.device, weights_only=True) if args.resume else {"options": {}}

@@ -142,7 +142,7 @@ def main():
                 sets.append((torch.cat(codes, dim=-1), torch.cat(waves, dim=1)))
             name = f"{Path(path).stem}, temperature {temperature:g}, finer codes {finer:g}"
             name += f", top-p {args.top_p:g}" if args.top_p else ""
-            facts = {"checkpoint": path, "preset": checkpoint["preset"], "val_nll": checkpoint.get("val_nll"),
+            facts = {"checkpoint": path, "preset": checkpoint.get("preset"), "val_nll": checkpoint.get("val_nll"),
                      "temperature": temperature, "finer_temperature": finer, "top_p": args.top_p}
             compare(name, [waves for _, waves in sets], n_codebooks=model.config.n_codebooks, **facts)
             if model.config.n_codebooks > 1:

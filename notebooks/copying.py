@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from closeness import load_all, recordings
+from closeness import LAG, load_all, recordings
 from data import MEL_OPTIONS, DataError, prepare
 from experiments import RESULTS, commit, label, machine, write
 from mel import FRAME_RATE, HOP
@@ -50,12 +50,18 @@ def main():
     parser.add_argument("checkpoints", nargs="+", help="written by train.py")
     parser.add_argument("--clips", type=int, default=32, help="clips from each checkpoint (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="file to write (default: results/copying-DATASET.json)")
     args = parser.parse_args()
-    if args.clips < 1 or not 1 <= args.seconds * FRAME_RATE < 1e6:
-        parser.error("--clips must be at least 1, --seconds at least one frame")
+    if args.clips < 1 or not 2 * LAG < args.seconds * FRAME_RATE < 1e6:
+        parser.error("--clips must be at least 1, --seconds more than a few frames")
+    out = args.out or RESULTS / f"copying-{label(args.dataset)}.json"
+    if out.is_dir() or not out.parent.is_dir():
+        parser.error(f"--out {out}: not a file in an existing folder")
     models, codec = load_all(args.checkpoints)
     checkpoint = models[args.checkpoints[0]][2]               # any would do: the codes do not depend on the mel
     data = prepare(args.dataset, codec, **{name: checkpoint[name] for name in MEL_OPTIONS})
+    if checkpoint.get("audio") != data.fingerprint:
+        print(f"note: {args.checkpoints[0]} was trained on other audio than {args.dataset} holds", file=sys.stderr)
     coarse = data.codes[:, 0]
     training = [without_repeats(coarse[start:end]) for start, end in data.train]
     n_frames, made_by, rows = round(args.seconds * FRAME_RATE), commit(), []
@@ -68,15 +74,17 @@ def main():
     print("| longest run of codes shared with a training clip | mean over clips | longest |\n|---|---|---|")
     compare("validation clips", [coarse[start:end][:n_frames] for start, end in data.val])
     waves, _ = recordings(args.dataset, args.seconds)         # training clips
-    some = waves[::max(1, len(waves) // args.clips)]
+    if not waves:
+        raise DataError(f"{args.dataset}: wants a training clip of more than {2 * LAG} frames")
+    some = waves[::max(1, len(waves) // args.clips)][:args.clips]
     compare("training clips, half a frame later", [codec.encode(wave[None, HOP // 2:], 1)[0, 0] for wave in some])
     for path, (model, _, _) in models.items():
         frames = generate(model, codec, n_frames, args.clips, generator=torch.Generator().manual_seed(0))
         compare(Path(path).stem, torch.cat([codes[:, 0] for codes, _ in frames], dim=1))         # (clips, n_frames)
-    write(RESULTS / f"copying-{label(args.dataset)}.json",
-          {"command": f"python notebooks/copying.py {' '.join(sys.argv[1:])}", "codec": codec.name,
-           "codec_checksum": codec.checksum, "seconds": args.seconds, "seed": 0, "temperature": 1.0,
-           "machine": machine(torch.get_num_threads()), "torch": torch.__version__, "commit": made_by, "rows": rows})
+    write(out, {"command": f"python notebooks/copying.py {' '.join(sys.argv[1:])}", "codec": codec.name,
+                "codec_checksum": codec.checksum, "seconds": args.seconds, "seed": 0, "temperature": 1.0,
+                "machine": machine(torch.get_num_threads()), "torch": torch.__version__, "commit": made_by,
+                "rows": rows})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tokens import load_codec
 
 
 @torch.no_grad()
-def recompute(model, codec, codes):
+def recompute(model, codec, codes, generator=None):
     """One frame of a sampler that remembers nothing: codes (B, K, t) so far -> (B, K, t + 1)."""
     B, K, t = codes.shape
     mel = torch.zeros(B, 1, model.config.n_mels, device=codes.device)
@@ -32,9 +32,10 @@ def recompute(model, codec, codes):
         mel = torch.cat([mel, log_mel(codec.decode(codes))], dim=1)
     start = torch.full((B, K, 1), START, device=codes.device)
     x = model.backbone(torch.cat([start, codes], dim=-1), mel)[:, -1]             # (B, n_embd)
-    chosen = draw(model.head(x))[:, None]
+    chosen = draw(model.head(x), generator=generator)[:, None]
     while chosen.shape[1] < model.config.n_codebooks:
-        chosen = torch.cat([chosen, draw(model.finer_logits(x, chosen)[:, -1])[:, None]], dim=1)
+        finer = draw(model.finer_logits(x, chosen)[:, -1], generator=generator)
+        chosen = torch.cat([chosen, finer[:, None]], dim=1)
     return torch.cat([codes, chosen[..., None]], dim=-1)
 
 

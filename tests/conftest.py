@@ -1,7 +1,9 @@
 """conftest.py: what all tests share. `python -m pytest` from the repository root runs them all but those marked slow,
 which `python -m pytest --slow` runs, too."""
+import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"        # tests are tiny: a second thread, here or in a script they start, only waits
@@ -32,6 +34,34 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def same_random_numbers_whatever_ran_before():
     torch.manual_seed(1)
+
+
+@contextlib.contextmanager
+def ending(process):
+    """A process that does not outlive the block, whatever fails in it."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, process):
+    """Wait until condition() holds; fail if the process ends before, or after a minute."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+class Malicious:
+    """Pickled, it asks whoever loads it to make a directory."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 @torch.no_grad()

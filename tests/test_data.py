@@ -25,6 +25,7 @@ import torch
 
 import corpora
 import data
+from conftest import ending, wait_for
 from data import IGNORE, START, DataError, Dataset, prepare, read_audio, split_clips
 from mel import HANN, HOP, SAMPLE_RATE, log_mel
 
@@ -251,11 +252,20 @@ def test_a_header_with_an_absurd_sample_rate_is_refused(tmp_path, rate):
         list(read_audio(tmp_path / "a.wav"))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
-def test_samples_that_no_sound_has_are_refused_by_name(tmp_path, value):
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e20, -3000])
+def test_samples_that_no_sound_has_are_refused_by_name(tmp_path, value):      # the last: 16-bit samples, not scaled
     soundfile.write(tmp_path / "loud.wav", np.array([0.0, value] * 500), SAMPLE_RATE, subtype="FLOAT")
-    with pytest.raises(DataError, match="loud.wav: holds NaN or infinite samples, or some beyond a billion"):
+    with pytest.raises(DataError, match="loud.wav: holds NaN or infinite samples, or some far outside"):
         list(read_audio(tmp_path / "loud.wav"))
+
+
+def test_a_flac_whose_header_tells_no_length_is_refused(tmp_path):
+    soundfile.write(tmp_path / "pipe.flac", noise(0.5), SAMPLE_RATE)
+    content = bytearray((tmp_path / "pipe.flac").read_bytes())
+    content[21:26] = [content[21] & 0xF0, 0, 0, 0, 0]         # 36 bits, the number of samples: as in a pipe's FLAC
+    (tmp_path / "pipe.flac").write_bytes(content)
+    with pytest.raises(DataError, match="pipe.flac: its header does not tell its length"):
+        list(read_audio(tmp_path / "pipe.flac"))
 
 
 def test_many_channels_are_read_in_smaller_blocks(tmp_path):
@@ -413,17 +423,28 @@ def test_a_preparation_that_is_killed_with_its_workers_at_work_blocks_nobody(tmp
               "os.sched_getaffinity = lambda _: [0, 1]\n"
               "data.prepare(sys.argv[2], tokens.load_codec(), Path(sys.argv[3]), quiet=True); print('done')")
     command = [sys.executable, "-c", script, data.ASSETS.parent, folder, tmp_path / "cache"]
-    process = subprocess.Popen(command)
-    while not list(tmp_path.glob("cache/*/clips/*.part")) + list(tmp_path.glob("cache/.*/clips/*.part")):
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(number)
-    process.wait()
+    with ending(subprocess.Popen(command)) as process:
+        wait_for(lambda: list(tmp_path.glob("cache/.*/clips/*.part")), process)
+        time.sleep(0.3)
+        process.send_signal(number)
+        process.wait()
     assert subprocess.run(command, timeout=120, stdout=subprocess.PIPE, text=True).stdout == "done\n"
     assert not list(tmp_path.glob("cache/**/*.part"))
 
 
-def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny_codec, tiny_codec_file, capfd):
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_script_that_lacks_a_main_guard_is_told_so(tmp_path, tiny_codec_file, method):
+    """Where processes are not forked, each imports the script anew, and would wait for the lock of the one it helps."""
+    folder = clips(tmp_path / "in", n=4, seconds=16)
+    (tmp_path / "script.py").write_text(
+        f"import multiprocessing, sys; sys.path.insert(0, {str(data.ASSETS.parent)!r}); import data, tokens\n"
+        f"multiprocessing.set_start_method({method!r}, force=True)\n"
+        f"data.prepare({str(folder)!r}, tokens.load_codec({str(tiny_codec_file)!r}), {str(tmp_path / 'cache')!r})\n")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1 and "call `prepare` under `if __name__" in done.stderr
+
+
+def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny_codec, tiny_codec_file):
     folder = clips(tmp_path / "in")
     code = (f"import sys; sys.path.insert(0, {str(data.ASSETS.parent)!r}); import data, tokens; from pathlib import Path\n"
             f"data.prepare({str(folder)!r}, tokens.load_codec({str(tiny_codec_file)!r}), Path({str(tmp_path / 'cache')!r}))")
@@ -503,8 +524,9 @@ def test_a_name_that_is_not_text_costs_that_file_only(tmp_path, tiny_codec, capf
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "x" + "é" * 127])
-def test_a_folder_may_have_the_longest_name_there_is(tmp_path, tiny_codec, name):
+def test_folder_and_codec_may_have_the_longest_names_there_are(tmp_path, tiny_codec, monkeypatch, name):
     folder = clips(tmp_path / name, n=2)
+    monkeypatch.setattr(tiny_codec, "name", "y" * 250)
     assert len(prepare(folder, tiny_codec, tmp_path / "cache", quiet=True).meta["clips"]) == 2
 
 
@@ -521,7 +543,7 @@ def test_a_file_that_breaks_off_does_not_harm_those_beside_it(tmp_path, tiny_cod
     wave[-5] = np.nan                                         # found when the others have long ended
     soundfile.write(folder / "nan.wav", wave, SAMPLE_RATE, subtype="FLOAT")
     dataset = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
-    assert dataset.meta["skipped"] == ["nan.wav: holds NaN or infinite samples, or some beyond a billion"]
+    assert dataset.meta["skipped"] == ["nan.wav: holds NaN or infinite samples, or some far outside [-1, 1]"]
     (folder / "nan.wav").unlink()
     alone = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
     assert (dataset.codes == alone.codes).mean() > 0.999 and dataset.codes.shape == alone.codes.shape
@@ -629,6 +651,15 @@ def test_a_stretch_is_cut_into_rows_that_follow_one_another(mixed):
     whole, parts = mixed.batch(0, 1, 4, 96), mixed.batch(0, 1, 12, 32, stretch=96)
     for x, cut, axis in zip(whole, parts, (2, 1, 2)):         # codes, mel, targets
         assert torch.equal(x, torch.stack([torch.cat(list(rows), dim=axis - 1) for rows in cut.split(3)]))
+
+
+def test_every_training_frame_is_drawn_equally_often(mixed):
+    drawn = []
+    with mock.patch.object(mixed, "gather", lambda crops, *_: drawn.extend(start for start, *_ in crops)):
+        mixed.batch(0, 0, 5000, 32)
+    share = (np.array(drawn) == mixed.train[:, :1]).mean(axis=1)      # of each clip
+    frames = np.diff(mixed.train)[:, 0]
+    np.testing.assert_allclose(share, frames / frames.sum(), atol=0.02)
 
 
 def test_inputs_are_the_targets_one_frame_behind_and_windows_stay_inside_their_clip(mixed):
@@ -769,6 +800,13 @@ def test_an_unclear_split_is_found_before_encoding(tmp_path, tiny_codec):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("name", ["validation", "dev", "Val"])
+def test_a_folder_that_is_almost_called_val_is_no_part_of_what_is_trained_on(name):
+    with pytest.raises(DataError, match=f"beside train/ the dataset holds {name}/: call it val/"):
+        split_clips(["train/a.wav", f"{name}/b.wav"])
+    assert len(split_clips(["trains/a.wav", f"{name}/b.wav", "c.wav"])) == 3      # nothing here says that it is a split
+
+
 def test_the_statistics_of_one_long_file_leave_out_what_validates(tmp_path, tiny_codec, monkeypatch):
     fromfile = np.fromfile                                    # 100 rows at once, where it reads 100,000
     monkeypatch.setattr(np, "fromfile", lambda file, dtype=float, count=-1, **more: fromfile(
@@ -798,10 +836,15 @@ def test_audio_is_known_by_its_ending_and_a_link_that_leads_nowhere_is_none(tmp_
     assert data.find_audio("~/in", tmp_path / "cache") == (tmp_path / "in", names)
 
 
-def test_other_lengths_of_clips_are_other_audio(tmp_path):
-    one, two = (numbered(tmp_path / name, lengths, [False, True])
-                for name, lengths in (("a", [30, 20]), ("b", [29, 21])))
-    assert one.fingerprint != two.fingerprint and one.fingerprint == Dataset(one.home).fingerprint
+def test_other_lengths_splits_or_names_of_clips_are_other_audio(tmp_path):
+    one, *others = (numbered(tmp_path / name, lengths, val) for name, lengths, val in (
+        ("a", [25, 25], [False, True]), ("b", [26, 24], [False, True]), ("c", [25, 25], [True, False])))
+    renamed = shutil.copytree(one.home, tmp_path / "d")
+    meta = json.loads((renamed / "meta.json").read_text())
+    meta["clips"][0]["name"] += "x"
+    (renamed / "meta.json").write_text(json.dumps(meta))
+    assert all(one.fingerprint != other.fingerprint for other in (*others, Dataset(renamed)))
+    assert one.fingerprint == Dataset(one.home).fingerprint
 
 
 @pytest.mark.parametrize("rows, val", [([[0, 30], [30, 51]], [False, True]), ([[0, 30], [30, 50]], [False, False]),

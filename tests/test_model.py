@@ -12,6 +12,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
+from conftest import Malicious
 from mel import HOP, log_mel
 from model import (IGNORE, PRESETS, START, Attention, Block, CheckpointError, Config, HybridGPT, KVCache,
                    load_checkpoint, rotary_angles, rotate, to_checkpoint, write_whole)
@@ -143,11 +144,12 @@ def test_what_is_added_to_the_stream_begins_the_smaller_the_deeper_the_stack():
 
 
 @torch.no_grad()
-def test_the_mlps_have_dropout_too():
+@pytest.mark.parametrize("silenced", [".attention.proj.weight", ".proj.weight"], ids=["MLPs", "attention"])
+def test_both_halves_of_a_block_have_dropout(silenced):
     model, (codes, mel, _) = make(replace(HYBRID, dropout=0.5)).train(), inputs(12)
     for name, p in model.named_parameters():
-        if name.endswith("attention.proj.weight"):
-            p.zero_()                                         # what is left is dropped by the MLPs
+        if name.endswith(silenced) and ("attention" in name) == ("attention" in silenced):
+            p.zero_()                                         # what is left is dropped by the other half
     assert not torch.equal(model(codes, mel)[0], model(codes, mel)[0])
 
 
@@ -168,15 +170,28 @@ def test_noise_on_the_mel_acts_in_training_and_not_in_evaluation():
     assert torch.equal(logits_of(noisy, codes, mel)[:, 0], logits_of(plain, codes, mel)[:, 0])       # none at START
 
 
+@torch.no_grad()
+def test_the_noise_on_the_mel_is_as_loud_as_asked():
+    model, heard = make(replace(HYBRID, mel_noise=0.5)), []
+    model.mel_in.register_forward_pre_hook(lambda _, arguments: heard.append(*arguments))
+    codes, mel, _ = inputs(16, B=8)
+    model(codes, mel)
+    model.train()(codes, mel)
+    assert (heard[1] - heard[0])[:, 1:].std().item() == pytest.approx(0.5, rel=0.05)
+
 @pytest.mark.parametrize("wrong", [dict(use_codes=False, use_mel=False), dict(fuse="glue"), dict(n_input_codebooks=0),
                                    dict(n_codebooks=0), dict(context=0), dict(mel_noise=float("nan")),
-                                   dict(n_head=3), dict(n_embd=30, n_head=2),
                                    dict(n_input_codebooks=2, use_codes=False),
                                    dict(n_mel_embd=40), dict(n_codebooks=2, n_depth_embd=40)])
 def test_a_config_that_cannot_work_is_a_value_error(wrong):
     with pytest.raises(ValueError):
         HybridGPT(replace(HYBRID, **wrong))
 
+
+@pytest.mark.parametrize("wrong", [dict(n_head=3), dict(n_embd=30, n_head=2)])
+def test_heads_must_be_of_equal_and_even_size(wrong):
+    with pytest.raises(ValueError, match="even head size"):
+        HybridGPT(replace(TOKENS, **wrong))
 
 # ----------------------------------------------------------------------------- the finer codes
 
@@ -492,17 +507,6 @@ def test_a_model_that_reads_finer_codes_begins_as_one_that_does_not():
 
 
 # ----------------------------------------------------------------------------- checkpoints
-
-class Malicious:
-    """Pickled, it asks whoever loads it to make a directory."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        import os
-        return os.mkdir, (str(self.path),)
-
 
 def test_a_checkpoint_that_cannot_be_used_is_one_clear_line_and_runs_no_code(tmp_path):
     model = HybridGPT(HYBRID)

@@ -25,8 +25,9 @@ import torch
 import data
 import sample
 from bench_sample import recompute
+from conftest import ending, wait_for
 from mel import HOP, log_mel
-from model import START, Config, HybridGPT, save, to_checkpoint
+from model import Config, HybridGPT, save, to_checkpoint
 from sample import draw, generate
 from tokens import StreamDecoder, load_codec
 
@@ -132,13 +133,6 @@ def test_the_generator_decides_what_is_drawn():
 
 # ----------------------------------------------------------------------------- the loop
 
-def test_the_sampler_that_remembers_nothing_and_is_only_timed_works_too(tiny_codec):
-    model = HybridGPT(Config(n_layer=2, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, n_codebooks=8, n_depth_embd=32))
-    codes = torch.zeros(2, 8, 0, dtype=torch.long)
-    for _ in range(3):
-        codes = recompute(model.eval(), tiny_codec, codes)
-    assert codes.shape == (2, 8, 3) and 0 <= codes.min() <= codes.max() < 1024
-
 
 @pytest.mark.parametrize("use_mel, K", [(True, 1), (False, 1), (True, 8)], ids=["hybrid", "token-only", "deep"])
 @pytest.mark.parametrize("n_prompt", [0, 10])
@@ -159,21 +153,11 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, use
     assert codes.shape == (2, K, n_prompt + 40) and wave.shape == (2, (n_prompt + 40) * HOP)
     torch.testing.assert_close(wave, tiny_codec.decode(codes), rtol=1e-4, atol=1e-5)
 
-    generator, again = torch.Generator().manual_seed(1), torch.full((2, K, 1), START)
-    if n_prompt:
-        again = torch.cat([again, prompt[:, :K].expand(2, -1, -1)], dim=-1)
+    generator, again = torch.Generator().manual_seed(1), codes[..., :n_prompt]
+    assert prompt is None or torch.equal(again, prompt[:, :K].expand(2, -1, -1))
     for _ in range(40):
-        mel = torch.zeros(2, 1, 80)
-        if again.shape[-1] > 1:
-            mel = torch.cat([mel, log_mel(tiny_codec.decode(again[..., 1:]))], dim=1)
-        with torch.no_grad():
-            x = model.backbone(again, mel)
-            chosen = draw(model.head(x[:, -1]), generator=generator)[:, None]
-            while chosen.shape[1] < K:
-                finer = model.finer_logits(x[:, -1], chosen)[:, -1]
-                chosen = torch.cat([chosen, draw(finer, generator=generator)[:, None]], dim=1)
-        again = torch.cat([again, chosen[..., None]], dim=-1)
-    assert torch.equal(again[..., 1:], codes)
+        again = recompute(model, tiny_codec, again, generator)
+    assert torch.equal(again, codes)
     assert codes[..., n_prompt:].unique().numel() > 40        # not one code for ever
 
 
@@ -321,22 +305,36 @@ def test_a_full_disk_behind_standard_output_is_one_clear_line(ckpt, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_terminated_leaves_no_unfinished_file(ckpt, tmp_path, number):
-    process = subprocess.Popen([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu"], cwd=tmp_path,
-                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))      # nohup's children ignore it
-    while not list(tmp_path.iterdir()):
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == 128 + number and not list(tmp_path.iterdir())
+    command = [sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu"]
+    listen = functools.partial(signal.signal, number, signal.SIG_DFL)             # nohup's children do not
+    with ending(subprocess.Popen(command, cwd=tmp_path, preexec_fn=listen)) as process:
+        wait_for(lambda: list(tmp_path.iterdir()), process)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 128 + number and not list(tmp_path.iterdir())
 
 
 def test_two_runs_with_the_same_output_do_not_mix(run, ckpt, tmp_path):
-    other = subprocess.Popen([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu"], cwd=tmp_path)
-    while not list(tmp_path.iterdir()):
-        time.sleep(0.05)
-    assert run().code == 0 and len(list(tmp_path.iterdir())) == 2
-    assert len(soundfile.read(tmp_path / "sample.wav")[0]) == 30 * HOP
-    other.terminate()
-    assert other.wait(timeout=60) == 143 and [path.name for path in tmp_path.iterdir()] == ["sample.wav"]
+    command = [sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "1e6", "--device", "cpu"]
+    with ending(subprocess.Popen(command, cwd=tmp_path)) as other:
+        wait_for(lambda: list(tmp_path.iterdir()), other)
+        assert run().code == 0 and len(list(tmp_path.iterdir())) == 2
+        assert len(soundfile.read(tmp_path / "sample.wav")[0]) == 30 * HOP
+        other.terminate()
+        assert other.wait(timeout=60) == 143 and [path.name for path in tmp_path.iterdir()] == ["sample.wav"]
+
+
+def test_a_terminal_sees_the_progress(run):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    with mock.patch.object(io, "StringIO", Terminal):
+        done = run("--seconds", 0.4)
+    assert done.code == 0 and "\r0.4 s at " in done.err and done.err.endswith("\n")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(run):
+    with mock.patch.object(os, "access", return_value=False):         # root may write anywhere
+        assert_refused(run(), "writable")
 
 
 def test_a_checkpoint_made_by_hand_can_be_sampled_from_and_scored(run, ckpt, tmp_path, tiny_codec, tiny_codec_file):
@@ -349,8 +347,13 @@ def test_a_checkpoint_made_by_hand_can_be_sampled_from_and_scored(run, ckpt, tmp
     assert result.code == 0 and not result.err
     prepare = functools.partial(data.prepare, cache=tmp_path / "cache", quiet=True)
     scored = run_script(tmp_path, SCRIPT.with_name("train.py"), "--eval", "mine.pt", "--codec", tiny_codec_file,
-                        "--dataset", clips, "--device", "cpu", prepare=prepare)
-    assert json.loads(scored.out)["mel_codebooks"] == 2
+                        "--device", "cpu", prepare=prepare)
+    assert json.loads(scored.out)["mel_codebooks"] == 2 and json.loads(scored.out)["dataset"] == str(clips)
+
+
+def test_an_output_may_have_the_longest_name_there_is(run, tmp_path):
+    name = "x" * 251 + ".wav"
+    assert run("--out", name).code == 0 and [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_prompt_and_output_may_be_the_same_file(run, tmp_path):

@@ -18,12 +18,12 @@ import encodec.model
 import pytest
 import soundfile
 import torch
-from conftest import liven
+from conftest import Malicious, liven
 from encodec.model import EncodecModel
 
 import tokens
-from mel import HANN, log_mel
-from tokens import HOP, SILENCE, Codec, CodecError, build_mini, load_codec
+from mel import HANN, HOP, log_mel
+from tokens import SILENCE, Codec, CodecError, build_mini, load_codec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm")      # deprecated in torch, used by encodec
 
@@ -259,12 +259,8 @@ def test_an_unknown_codec_is_refused_naming_the_known_ones():
 
 @pytest.mark.parametrize("k", [-1, 0, 9])
 def test_a_number_of_codebooks_that_the_codec_lacks_is_refused(tiny_codec, k):
-    assert f"1 to 8 codebooks, not {k}" in refusal(lambda: tiny_codec.encode(random_wave(HOP), n_codebooks=k))
-
-
-@pytest.mark.parametrize("k", [-1, 0, 9])
-def test_a_stream_of_more_or_fewer_codebooks_than_the_codec_has_is_refused(tiny_codec, k):
-    assert f"1 to 8 codebooks, not {k}" in refusal(lambda: tiny_codec.stream_encoder(k).push(random_wave(HOP)))
+    for encode in (tiny_codec.encode, lambda wave, k: tiny_codec.stream_encoder(k).push(wave)):
+        assert f"1 to 8 codebooks, not {k}" in refusal(lambda: encode(random_wave(HOP), k))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -279,6 +275,17 @@ def test_a_waveform_of_another_shape_is_refused(tiny_codec, shape):
     assert str(shape) in refusal(lambda: tiny_codec.encode(torch.zeros(shape)))
 
 
+def test_a_waveform_may_be_of_float64_but_not_of_integers(tiny_codec):
+    wave = random_wave(5 * HOP)
+    assert torch.equal(tiny_codec.encode(wave.double()), tiny_codec.encode(wave))
+    assert "of floats" in refusal(lambda: tiny_codec.encode(wave.mul(32767).short()))
+
+
+def test_a_codec_file_may_lie_in_the_home_folder(tiny_codec_file, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_codec_file.parent))
+    assert load_codec(f"~/{tiny_codec_file.name}").name == tiny_codec_file.stem
+
+
 @pytest.mark.parametrize("shape", [(8, 5), (1, 0, 5), (1, 9, 5), (1, 1, 1, 5)])
 def test_codes_of_another_shape_are_refused(tiny_codec, shape):
     assert str(shape) in refusal(lambda: tiny_codec.decode(torch.zeros(shape, dtype=torch.long)))
@@ -289,6 +296,23 @@ def test_codes_out_of_range_are_refused(tiny_codec, value):
     codes = torch.zeros(1, 8, 5, dtype=torch.long)
     codes[0, 3, 2] = value
     assert "[0, 1024)" in refusal(lambda: tiny_codec.decode(codes))
+
+
+def test_a_codec_file_cannot_run_code(tiny_codec_file, tmp_path):
+    saved = torch.load(tiny_codec_file, weights_only=True)
+    torch.save(saved | {"extra": Malicious(tmp_path / "ran")}, tmp_path / "bad.pt")
+    assert "bad.pt is not a codec file" in refusal(lambda: load_codec(str(tmp_path / "bad.pt")))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_long_clip_passes_in_pieces_and_leaves_no_more_than_a_moment_behind(tiny_codec):
+    with mock.patch.object(tokens, "run_piece", side_effect=tokens.run_piece) as run_piece:
+        tiny_codec.decode(tiny_codec.encode(random_wave(25 * 24_000)))
+    assert max(call.args[1].shape[-1] for call in run_piece.call_args_list) <= tokens.PIECE
+    encoder = tiny_codec.stream_encoder()
+    encoder.push(random_wave(24_000))
+    kept = [x for x in encoder.state.values() if isinstance(x, torch.Tensor)]
+    assert kept and sum(x.untyped_storage().nbytes() for x in kept) < 24_000      # no views of something longer
 
 
 def test_a_codec_file_gives_the_codec_that_was_saved(tiny_codec_file, tiny_codec):

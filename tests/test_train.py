@@ -210,6 +210,7 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(run, train
     figures = [[entry["val_nll"] for entry in evaluations(path)]
                for path in (trained / "out.jsonl", tmp_path / "same.jsonl", tmp_path / "other.jsonl")]
     assert figures[0] == figures[1] and figures[0][-1] != figures[2][-1]
+    assert figures[0][0] != figures[2][0]                     # other weights, not only other batches
 
 
 def test_twins_see_the_same_batches(run, tmp_path):
@@ -330,23 +331,23 @@ def test_resuming_gives_the_same_losses_as_not_stopping(run, tmp_path, stop_at, 
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(self, seed, step, *args)
     with mock.patch.object(data.Dataset, "batch", interrupted):
-        stopped = run(tmp_path, *options, "--out", "halves.pt")
+        stopped = run(tmp_path, *options, "--out", "two halves.pt")
     assert stopped.code == 143
-    assert f"stopped at step {stop_at}; continue with: python train.py --resume --out halves.pt" in stopped.out
-    assert torch.load(tmp_path / "halves.last.pt", weights_only=True)["step"] == stop_at
-    assert [figures["step"] for figures in evaluations(tmp_path / "halves.jsonl")] == list(range(0, stop_at, 2))
-    resumed = run(tmp_path, "--resume", "--out", "halves.pt", small=False)
+    assert f"stopped at step {stop_at}; continue with: python train.py --resume --out 'two halves.pt'" in stopped.out
+    assert torch.load(tmp_path / "two halves.last.pt", weights_only=True)["step"] == stop_at
+    assert [figures["step"] for figures in evaluations(tmp_path / "two halves.jsonl")] == list(range(0, stop_at, 2))
+    resumed = run(tmp_path, "--resume", "--out", "two halves.pt", small=False)
     assert resumed.code == 0, resumed.err
 
-    whole, halves = (torch.load(tmp_path / f"{name}.last.pt", weights_only=True) for name in ("whole", "halves"))
+    whole, halves = (torch.load(tmp_path / f"{name}.last.pt", weights_only=True) for name in ("whole", "two halves"))
     assert all(torch.equal(whole["model"][key], halves["model"][key]) for key in whole["model"])
     for a, b in zip(whole["optimizer"]["state"].values(), halves["optimizer"]["state"].values()):
         assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
     figures = [[(e["step"], e["val_nll"], e["tokens_seen"]) for e in evaluations(tmp_path / f"{name}.jsonl")]
-               for name in ("whole", "halves")]
+               for name in ("whole", "two halves")]
     assert figures[0] == figures[1]                           # each evaluation once, and the same figures
     losses = [[(e["step"], e["loss"]) for e in log_of(tmp_path / f"{name}.jsonl") if "loss" in e]
-              for name in ("whole", "halves")]
+              for name in ("whole", "two halves")]
     assert losses[0] == losses[1]
 
 
@@ -581,6 +582,33 @@ def test_a_rank_and_a_number_of_processes_alone_are_not_torchruns():
         env = {k: v for k, v in os.environ.items() if k not in torchruns} | dict.fromkeys(names, "2")
         done = subprocess.run(command, cwd=SCRIPT.parent, env=env, capture_output=True, text=True)
         assert done.stdout.strip() == printed, done.stderr
+
+
+def test_the_loss_is_that_of_the_coarse_code_plus_the_mean_of_the_finer_ones(run, tmp_path):
+    seen, forward = [], HybridGPT.forward
+
+    def recorded(self, *args, **more):
+        logits, losses = forward(self, *args, **more)
+        seen.extend([losses.detach()] * self.training)
+        return logits, losses
+    with mock.patch.object(HybridGPT, "forward", recorded):
+        assert run(tmp_path, "--steps", 1).code == 0
+    [losses], [loss] = seen, [entry["loss"] for entry in log_of(tmp_path / "out.jsonl") if "loss" in entry]
+    assert loss == pytest.approx((losses[0] + losses[1:].mean()).item(), rel=1e-5)
+
+
+def test_bfloat16_is_what_is_computed_in(run, tmp_path):
+    seen, forward = [], HybridGPT.forward
+
+    def recorded(self, *args, **more):
+        logits, losses = forward(self, *args, **more)
+        seen.append(logits.dtype)
+        return logits, losses
+    with mock.patch.object(HybridGPT, "forward", recorded):
+        assert run(tmp_path, "--dtype", "bfloat16").code == 0 and set(seen) == {torch.bfloat16}
+        seen.clear()
+        run(tmp_path, "--eval", "out.pt", "--dtype", "bfloat16", "--device", "cpu", small=False)
+        assert set(seen) == {torch.bfloat16}
 
 
 def test_resuming_keeps_the_number_format_of_the_run_unless_told_otherwise(run, tmp_path):
@@ -863,7 +891,10 @@ def test_eval_prints_the_figures_of_the_log_and_trains_nothing(run, trained):
 def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     folder = write_clips(tmp_path / "others", [0.9, 1.0])
     result = run(trained, "--eval", "out.pt", "--dataset", folder, "--device", "cpu", small=False)
-    assert result.code == 0 and json.loads(result.out)["dataset"] == str(folder)
+    figures = json.loads(result.out)
+    assert result.code == 0 and figures["dataset"] == str(folder)
+    assert figures["clip_targets"] in ([67], [75])
+    assert figures["val_nll"] != evaluations(trained / "out.jsonl")[-1]["val_nll"]
 
 
 # ----------------------------------------------------------------------------- bad input

@@ -1,0 +1,47 @@
+"""
+python -m pytest tests/test_readme.py
+
+What README.md says can be typed, and its first figures are those of results/.
+"""
+import re
+import shlex
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import sample
+import train
+
+ROOT = Path(train.__file__).absolute().parent
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "notebooks"))
+import experiments                                                     # noqa: E402
+
+
+@pytest.mark.parametrize("script", [train, sample])
+def test_every_command_is_one_that_the_scripts_understand(script):
+    lines = re.findall(rf"^python {script.__name__}\.py (.*)$", README.replace("\\\n", ""), re.M)
+    assert len(lines) >= 3
+    for line in lines:
+        with mock.patch.object(sys, "argv", ["", *shlex.split(line.split("|")[0], comments=True)]):
+            script.parse_arguments()
+
+
+@pytest.mark.parametrize("script", [train, sample])
+def test_help_can_be_printed(script, capsys):
+    with mock.patch.object(sys, "argv", ["", "--help"]), pytest.raises(SystemExit) as end:
+        script.parse_arguments()
+    assert not end.value.code and "--device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset, name", [("speech", "bundled (synthetic) speech"), ("music", "bundled music"),
+                                           ("corpus-speech", "real speech")])
+def test_the_table_shows_what_was_measured(dataset, name):
+    runs = {model: experiments.best_runs(dataset, model) for model in ("coarse-gpt", "coarse", "coarse-heard")}
+    tokens_only, *cells = (f"{np.mean([run['best']['val_nll'] for run in found]):.3f}" for found in runs.values())
+    for i, (model, mel) in enumerate((("coarse", "0"), ("coarse-heard", "8"))):
+        cells[i] += f" (**{experiments.gain(runs[model], runs['coarse-gpt'], mel).mean:+.3f}**)"
+    assert f"| {name} | 1.2 | {tokens_only} | {' | '.join(cells)} |" in README

@@ -76,6 +76,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from data import BUNDLED, CORPORA
 from model import PRESETS, write_whole
 from tokens import MINI_SHA256
 
@@ -187,7 +188,7 @@ def commit():
 
 def label(dataset):
     """A dataset's short name; for a folder its last two parts, so that no other `speech` passes for the bundled one."""
-    return dataset if dataset in ("speech", "music") else "-".join(Path(dataset).expanduser().resolve().parts[1:][-2:])
+    return dataset if dataset in (*BUNDLED, *CORPORA) else "-".join(Path(dataset).expanduser().resolve().parts[1:][-2:])
 
 
 def read(path):
@@ -221,6 +222,8 @@ def run(dataset, model, lr, seed, device="cpu"):
             raise RuntimeError(f"no {codec}: make it with python notebooks/refit_codec.py {first}")
     place = dataset if dataset == label(dataset) else str(Path(dataset).expanduser().resolve())
     options = ["--dataset", place, *MODELS[model], "--lr", lr, "--seed", str(seed), "--device", device]
+    if dataset in CORPORA and "--codec" not in MODELS[model]:
+        options += ["--codec", "mini"]                        # not their own default: all results are of one codec
     if device != "cpu" and "--compile" not in options:        # compiling takes longer than most runs
         options += ["--no-compile", *([] if "--dtype" in options else ["--dtype", "float32"])]
     again = ["--resume"] if out.with_suffix(".last.pt").exists() else ["--overwrite"]
@@ -357,7 +360,7 @@ def rate_of(model, chosen):
 
 def main():
     parser = argparse.ArgumentParser(description="Compare hybrids with token-only models of their size.")
-    parser.add_argument("datasets", nargs="+", help="speech, music, or folders")
+    parser.add_argument("datasets", nargs="+", help="speech, music, another that train.py knows by name, or folders")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
     parser.add_argument("--search", metavar="DATASET", help="to choose learning rates on (default: the first)")

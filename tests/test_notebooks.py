@@ -127,6 +127,25 @@ def test_a_result_names_every_commit_that_its_run_was_made_with(tmp_path, monkey
     assert ["--resume" in words for words in ran if "--out" in words] == [interrupted]
 
 
+def test_a_corpus_known_by_name_is_encoded_with_the_codec_of_all_results(tmp_path, monkeypatch):
+    name, ran = "librispeech-mini-coarse-lr6e-3-seed0", []
+    (tmp_path / f"{name}.jsonl").write_text(
+        '{"codec": "mini", "codec_checksum": "%s", "torch": "2", "args": {"dtype": "float32"}}\n'
+        '{"step": 0, "val_nll": 7.0, "seconds": 1.0, "clip_nll": [7.0], "clip_targets": [9]}'
+        % experiments.MINI_SHA256[:16])
+
+    def run(words, **_):
+        ran.append(" ".join(map(str, words)))
+        (tmp_path / f"{name}.last.pt").touch()
+        return SimpleNamespace(returncode=0, stdout="")
+    monkeypatch.setattr(experiments.subprocess, "run", run)
+    for folder in ("RESULTS", "RUNS"):
+        monkeypatch.setattr(experiments, folder, tmp_path)
+    result = experiments.run("librispeech-mini", "coarse", "6e-3", 0)
+    assert any("--dataset librispeech-mini " in words and "--codec mini" in words for words in ran)
+    assert [result] == experiments.best_runs("librispeech-mini", "coarse")
+
+
 def write_result(folder, lr, seed, nll, options=experiments.COARSE):
     command = " ".join(["python train.py --dataset speech", *options, "--lr", lr, "--seed", str(seed), "--device cpu"])
     experiments.write(folder / f"speech-coarse-lr{lr}-seed{seed}.json", {

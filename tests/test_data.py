@@ -473,6 +473,12 @@ def test_a_side_that_has_nothing_usable_is_not_made_up_from_the_other(tmp_path, 
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
 
 
+@pytest.mark.parametrize("dataset", ["speech", "music"])
+def test_the_bundled_datasets_are_there(dataset):
+    folder, names = data.find_audio(dataset)
+    assert len(names) > 100 and {name.split("/")[0] for name in names} == {"train", "val"}
+
+
 def test_a_home_that_nobody_has_is_no_dataset():
     with pytest.raises(DataError, match="no dataset '~nobody-of-that-name/in'"):
         data.find_audio("~nobody-of-that-name/in")

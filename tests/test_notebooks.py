@@ -215,7 +215,7 @@ def test_every_model_runs_at_the_learning_rate_that_was_best_for_its_kind(questi
                                   for m in (*best, *others))
 
 
-@pytest.mark.parametrize("folder, label", [("music", "music"), ("/data", "data"), ("/data/music", "data-music"),
+@pytest.mark.parametrize("folder, label", [("music", "music"), ("/nowhere", "nowhere"), ("/nowhere/c/", "nowhere-c"),
                                            ("/a/b/c/", "b-c"), ("~", "-".join(Path.home().resolve().parts[1:][-2:]))])
 def test_a_datasets_label_is_short_and_the_beginning_of_a_file_name(folder, label):
     assert experiments.label(folder) == label

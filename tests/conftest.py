@@ -1,10 +1,15 @@
 """conftest.py: what all tests share. `python -m pytest` from the repository root runs them all but those marked slow,
 which `python -m pytest --slow` runs, too."""
 import contextlib
+import io
 import os
+import runpy
+import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"        # tests are tiny: a second thread, here or in a script they start, only waits
 
@@ -13,7 +18,8 @@ import torch                                                       # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import tokens                                                      # noqa: E402  (needs the path above)
+import data                                                        # noqa: E402  (needs the path above)
+import tokens                                                      # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -52,6 +58,38 @@ def wait_for(condition, process):
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def run_script(folder, script, *options, prepare=data.prepare):
+    """A script in this process (torch is imported once), as if called in `folder`: its status, output and errors.
+
+    Whatever is no SystemExit, which is what a user would see as a traceback, fails the test.
+    """
+    out, err, code = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
+            mock.patch.object(sys, "argv", [str(script), *map(str, options)]), \
+            mock.patch.object(data, "prepare", prepare):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    if isinstance(code, str):                                 # sys.exit("error: …") prints its message and exits 1
+        err.write(code + "\n")
+        code = 1
+    return SimpleNamespace(code=code, out=out.buffer.getvalue().decode(), err=err.getvalue())
+
+
+def assert_refused(result, *words):
+    """One clear line, no traceback, and a status that scripts notice."""
+    last = result.err.strip().splitlines()[-1]
+    assert result.code not in (0, None)
+    assert last.startswith(("error: ", "train.py: error: ", "sample.py: error: ")), result.err
+    assert "Traceback" not in result.err
+    assert all(word in last for word in words), last
 
 
 class Malicious:

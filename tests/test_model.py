@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-import torch.nn.functional as F
 
 from conftest import Malicious
 from mel import HOP, log_mel

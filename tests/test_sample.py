@@ -3,16 +3,13 @@ python -m pytest tests/test_sample.py
 
 Drawing codes, the loop around model, codec and spectrogram, and the sampling script as a user runs it.
 """
-import contextlib
 import functools
 import io
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -25,7 +22,7 @@ import torch
 import data
 import sample
 from bench_sample import recompute
-from conftest import ending, wait_for
+from conftest import assert_refused, ending, run_script, wait_for
 from mel import HOP, log_mel
 from model import Config, HybridGPT, save, to_checkpoint
 from sample import draw, generate
@@ -39,22 +36,6 @@ def noise(seconds, rate=24_000, channels=1, seed=0):
     n = round(seconds * rate)
     swell = np.sin(np.arange(n) / rate * 7) ** 2
     return 0.2 * swell[:, None] * np.random.default_rng(seed).standard_normal((n, channels)).clip(-4, 4)
-
-
-def run_script(folder, script, *options, prepare=data.prepare):
-    """A script in this process (torch is imported once), as if called in `folder`: its status, output and errors."""
-    out, err, code = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO(), 0
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-            mock.patch.object(sys, "argv", [str(script), *map(str, options)]), \
-            mock.patch.object(data, "prepare", prepare), mock.patch("signal.signal"):
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code or 0
-    if isinstance(code, str):                                 # sys.exit("error: …") prints its message and exits 1
-        err.write(code + "\n")
-        code = 1
-    return SimpleNamespace(code=code, out=out.buffer.getvalue().decode(), err=err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +57,6 @@ def ckpt(tmp_path_factory, tiny_codec_file):
 def run(ckpt, tmp_path):
     """run(*options): sample.py with that checkpoint, in an empty folder, 30 frames unless told otherwise."""
     return functools.partial(run_script, tmp_path, SCRIPT, "--ckpt", ckpt, "--device", "cpu", "--seconds", 0.4)
-
-
-def assert_refused(result, *words):
-    """One clear line, no traceback, and a status that scripts notice."""
-    last = result.err.strip().splitlines()[-1]
-    assert result.code != 0 and last.startswith(("error: ", "sample.py: error: ")), result.err
-    assert "Traceback" not in result.err
-    assert all(word in last for word in words), last
 
 
 # ----------------------------------------------------------------------------- drawing a code

@@ -6,14 +6,12 @@ The training script, run as a user runs it, on a few seconds of noise with a tin
 import contextlib
 import errno
 import functools
-import io
 import itertools
 import json
 import math
 import os
 import pty
 import random
-import runpy
 import shutil
 import signal
 import subprocess
@@ -33,6 +31,7 @@ import data
 import sample
 import tokens
 import train
+from conftest import assert_refused, run_script
 from mel import log_mel
 from model import IGNORE, HybridGPT, load_checkpoint, save
 from tokens import load_codec
@@ -57,33 +56,15 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(clips, tiny_codec_file, tmp_path_factory):
-    """run(folder, *options): train.py in this process (torch is imported once), with a cache of its own.
-
-    Returns exit code, standard output and standard error. Whatever is no SystemExit, which is what a user would see
-    as a traceback, fails the test.
-    """
+    """run(folder, *options): `run_script` of train.py, with a cache of its own."""
     cache = tmp_path_factory.mktemp("cache")
 
     def run(folder, *options, small=True):
         if small:
             options = ["--dataset", clips, "--codec", tiny_codec_file, "--steps", 4, "--eval-every", 2,
                        "--context", 32, "--batch-size", 2, "--device", "cpu", "--model", "nano", *options]
-        out, err, code = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True), io.StringIO(), 0
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
-                mock.patch.object(sys, "argv", [str(SCRIPT), *map(str, options)]), \
-                mock.patch.object(data, "prepare", functools.partial(data.prepare, cache=cache, quiet=True)):
-            try:
-                runpy.run_path(str(SCRIPT), run_name="__main__")
-            except SystemExit as stop:
-                code = stop.code or 0
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-        if isinstance(code, str):                             # sys.exit("error: …") prints its message and exits 1
-            err.write(code + "\n")
-            code = 1
-        return SimpleNamespace(code=code, out=out.buffer.getvalue().decode(), err=err.getvalue())
+        prepare = functools.partial(data.prepare, cache=cache, quiet=True)
+        return run_script(folder, SCRIPT, *options, prepare=prepare)
     run.cache = cache
     return run
 
@@ -116,15 +97,6 @@ def log_of(path):
 
 def evaluations(path):
     return [entry for entry in log_of(path) if "val_nll" in entry]
-
-
-def assert_refused(result, *words):
-    """One clear line, no traceback, and a status that scripts notice."""
-    last = result.err.strip().splitlines()[-1]
-    assert result.code not in (0, None)
-    assert last.startswith(("error: ", "train.py: error: ")), result.err
-    assert "Traceback" not in result.err
-    assert all(word in last for word in words), last
 
 
 # ----------------------------------------------------------------------------- what a run leaves

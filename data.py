@@ -48,7 +48,7 @@ ASSETS = Path(__file__).parent / "assets"
 MEL_OPTIONS = ("mel_codebooks", "latents", "lookahead", "window")      # those of `prepare` that choose the mel
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
-ALMOST_VAL = {"val", "valid", "validation", "dev", "test", "eval"}      # beside train/, most likely meant as val/
+SIDES = {"train", "val", "valid", "validation", "dev", "test", "eval"}  # what the sides of a split are often called
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
 LONG = 60                            # seconds: on a CPU a longer file is encoded on its own; if all files together are
                                      # shorter, a single process encodes them
@@ -196,9 +196,10 @@ def _files(top):
 def split_clips(names, dataset=None):
     """Which clips are for validation: a bool per name (relative path).
 
-    With top-level folders train/ and val/, those in val/; DataError if there is something beside these two, as nobody
-    could tell which side it belongs to. Otherwise about a tenth, those whose path's hash is low, so that adding a file
-    moves no other; in a small folder, where no hash is that low, the lowest is used, and a new file may replace it.
+    With top-level folders train/ and val/, those in val/; DataError if there is something beside these two, or if a
+    split has other names, as nobody could tell which clip belongs to which side. Otherwise about a tenth, those whose
+    path's hash is low, so that adding a file moves no other; in a small folder, where no hash is that low, the lowest
+    is used, and a new file may replace it.
     A dataset of corpora.py has a split of its own, or groups of clips (of one speaker, say) that stay together.
     """
     corpus = CORPORA.get(dataset)
@@ -209,9 +210,10 @@ def split_clips(names, dataset=None):
         if others := tops - {"train", "val"}:
             raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
         return [name.startswith("val/") for name in names]
-    if "train" in tops and (unclear := {top for top in tops if top.lower() in ALMOST_VAL}):
-        raise DataError(f"beside train/ the dataset holds {min(unclear)}/: call it val/ if it is to validate, or move "
-                        "it out")
+    sides = sorted(top for top in tops if top.lower() in SIDES)
+    if len(sides) > 1:
+        raise DataError(f"the dataset holds {'/ and '.join(sides)}/: call the two sides of a split train/ and val/, "
+                        "and move others out")
     groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
     hashes = [int(hashlib.sha256(os.fsencode(group)).hexdigest()[:8], 16) / 2**32 for group in groups]
     threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))       # the lowest validates, the highest never does
@@ -252,8 +254,9 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                  "mel_codebooks": mel_codebooks, "lookahead": lookahead, "window": window}
     # any change of these gives another key; after a change of the code raise "format", or an old cache would be taken
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
-    known = dataset in BUNDLED or dataset in CORPORA
-    name = dataset if known else folder.resolve().name
+    if dataset not in (*BUNDLED, *CORPORA):
+        dataset = str(folder.resolve())                       # so that it is found again from anywhere
+    name = Path(dataset).name
     short = os.fsencode(f"{name}-{codec.name}")[:200].decode(errors="ignore")     # a file name may have 255 bytes
     home = Path(cache) / f"{short}-{key}"
     ready = (home / "meta.json").is_file()
@@ -265,7 +268,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                 problems = _encode(unfinished / "clips", folder, files, codec, made_with,
                                    f"preparing {name} with {codec.name}", quiet)
                 try:
-                    _join(unfinished, dataset if known else str(folder.resolve()), name, names, made_with, problems)
+                    _join(unfinished, dataset, names, made_with, problems)
                 except DataError:
                     shutil.rmtree(unfinished)                 # nothing in it is worth keeping
                     raise
@@ -351,12 +354,9 @@ def _encode_batch(clips, folder, files, codec, made_with, batch):
     return results
 
 
-def _join(unfinished, dataset, name, names, made_with, problems):
-    """The encoded clips one after the other: codes.npy, mel.npy, clips.npy, mel_statistics.npz and meta.json.
-
-    dataset: as `prepare` can find it again, from wherever; name: for messages
-    """
-    usable = [i for i in range(len(names)) if i not in problems]
+def _join(unfinished, dataset, names, made_with, problems):
+    """The encoded clips one after the other: codes.npy, mel.npy, clips.npy, mel_statistics.npz and meta.json."""
+    name, usable = Path(dataset).name, [i for i in range(len(names)) if i not in problems]
     if not usable:
         raise DataError(f"nothing usable in dataset '{name}': all {len(names)} files were skipped")
     K, n_mels = made_with["n_codebooks"], made_with["n_mels"]

@@ -133,13 +133,14 @@ def log_mel(wave, lookahead=0, window=WINDOW):
         -N: the same window, but the samples past the frame are zero. The difference in score between N and -N is about
         what the leak is worth; the hard edge may itself help or hurt
     window: (rise, fall) as in `asymmetric_window`; HANN for comparing sounds, where nothing is to be predicted
-    Raises ValueError for another number of dimensions, or a window or lookahead that does not fit into 1024 samples.
+    Raises ValueError for another number of dimensions, for integers, or for a window or lookahead that does not fit
+    into 1024 samples.
     """
     if wave.dim() not in (1, 2) or not wave.is_floating_point():
         raise ValueError("log_mel takes a waveform (N,) or (B, N) of floats, not a tensor of shape "
                          f"{tuple(wave.shape)} and {wave.dtype}")
     check_window(lookahead, window)
-    return _log_mel(frame(wave.float(), lookahead=max(0, lookahead)), lookahead, window)
+    return _log_mel(frame(wave, lookahead=max(0, lookahead)), lookahead, window)
 
 
 def check_window(lookahead, window):
@@ -158,7 +159,7 @@ def _log_mel(segments, lookahead, window):
     """
     if lookahead < 0:
         segments = F.pad(segments[..., -lookahead:], (0, -lookahead))
-    return mel_power(segments, window=window).clamp(min=FLOOR).log()
+    return mel_power(segments.float(), window=window).clamp(min=FLOOR).log()
 
 
 class StreamingLogMel:

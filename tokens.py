@@ -201,7 +201,8 @@ class Codec:
         """24 kHz waveform (B, N), floats in [-1, 1] -> codes (B, K, N // 320) int64, coarse first.
 
         n_codebooks: only the first K; all of them by default. Samples after the last whole frame are dropped.
-        Raises CodecError for another shape, non-finite samples or a number of codebooks the codec does not have.
+        Raises CodecError for another shape, integers, non-finite samples or a number of codebooks the codec does not
+        have.
         """
         if wave.dim() != 2 or not wave.is_floating_point():
             raise CodecError("encode takes a waveform (B, N) of floats, not a tensor of shape "

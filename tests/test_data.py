@@ -808,8 +808,9 @@ def test_an_unclear_split_is_found_before_encoding(tmp_path, tiny_codec):
 
 @pytest.mark.parametrize("name", ["validation", "dev", "Val"])
 def test_a_folder_that_is_almost_called_val_is_no_part_of_what_is_trained_on(name):
-    with pytest.raises(DataError, match=f"beside train/ the dataset holds {name}/: call it val/"):
-        split_clips(["train/a.wav", f"{name}/b.wav"])
+    for train in ("train", "Train"):
+        with pytest.raises(DataError, match=f"holds .*{name}/.*: call the two sides of a split train/ and val/"):
+            split_clips([f"{train}/a.wav", f"{name}/b.wav"])
     assert len(split_clips(["trains/a.wav", f"{name}/b.wav", "c.wav"])) == 3      # nothing here says that it is a split
 
 

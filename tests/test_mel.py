@@ -226,6 +226,7 @@ def test_a_waveform_of_another_shape_is_refused(shape):
 def test_a_waveform_may_be_of_float64_but_not_of_integers():
     wave = random_wave(5 * HOP)
     assert torch.equal(log_mel(wave.double()), log_mel(wave))
+    assert torch.equal(StreamingLogMel().push(wave.double()), StreamingLogMel().push(wave))
     with pytest.raises(ValueError, match="of floats, .* torch.int16"):
         log_mel(wave.mul(32767).short())
 

@@ -24,7 +24,7 @@ import refit_codec                                                     # noqa: E
 import train_codec                                                     # noqa: E402
 from data import prepare, split_clips                                  # noqa: E402
 from mel import HANN, WINDOW, log_mel                                  # noqa: E402
-from tokens import CodecError, load_codec                                          # noqa: E402
+from tokens import CodecError, load_codec                              # noqa: E402
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
@@ -37,6 +37,13 @@ def test_a_notebook_runs(path, tmp_path):
                            "--output-dir", tmp_path], cwd=NOTEBOOKS, capture_output=True, text=True,
                           env={**os.environ, "QUICK": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture()
+def results_and_runs_here(tmp_path, monkeypatch):
+    """experiments.py finds and leaves everything in the test's folder."""
+    for folder in ("RESULTS", "RUNS"):
+        monkeypatch.setattr(experiments, folder, tmp_path)
 
 
 def gaussian(mean, std):
@@ -106,6 +113,7 @@ def test_a_model_is_compared_with_one_that_predicts_as_many_codes_from_as_long_a
 
 
 @pytest.mark.parametrize("interrupted, commits", [(False, "b"), (True, "b a")])
+@pytest.mark.usefixtures("results_and_runs_here")
 def test_a_result_names_every_commit_that_its_run_was_made_with(tmp_path, monkeypatch, interrupted, commits):
     name = f"speech-coarse-lr{experiments.LEARNING_RATES[0]}-seed0"
     (tmp_path / f"{name}.commits").write_text("a")
@@ -121,12 +129,11 @@ def test_a_result_names_every_commit_that_its_run_was_made_with(tmp_path, monkey
         (tmp_path / f"{name}.last.pt").touch()
         return SimpleNamespace(returncode=0, stdout="b" if "describe" in words else "")
     monkeypatch.setattr(experiments.subprocess, "run", run)
-    for folder in ("RESULTS", "RUNS"):
-        monkeypatch.setattr(experiments, folder, tmp_path)
     assert experiments.run("speech", "coarse", experiments.LEARNING_RATES[0], 0)["commit"] == commits
     assert ["--resume" in words for words in ran if "--out" in words] == [interrupted]
 
 
+@pytest.mark.usefixtures("results_and_runs_here")
 def test_a_corpus_known_by_name_is_encoded_with_the_codec_of_all_results(tmp_path, monkeypatch):
     name, ran = "librispeech-mini-coarse-lr6e-3-seed0", []
     (tmp_path / f"{name}.jsonl").write_text(
@@ -139,8 +146,6 @@ def test_a_corpus_known_by_name_is_encoded_with_the_codec_of_all_results(tmp_pat
         (tmp_path / f"{name}.last.pt").touch()
         return SimpleNamespace(returncode=0, stdout="")
     monkeypatch.setattr(experiments.subprocess, "run", run)
-    for folder in ("RESULTS", "RUNS"):
-        monkeypatch.setattr(experiments, folder, tmp_path)
     result = experiments.run("librispeech-mini", "coarse", "6e-3", 0)
     assert any("--dataset librispeech-mini " in words and "--codec mini" in words for words in ran)
     assert [result] == experiments.best_runs("librispeech-mini", "coarse")
@@ -170,6 +175,7 @@ def test_a_learning_rate_with_more_seeds_is_the_one_that_was_chosen(tmp_path, mo
     assert [(r["lr"], r["seed"]) for r in experiments.best_runs("speech", "coarse")] == [("1.2e-2", 0), ("1.2e-2", 1)]
 
 
+@pytest.mark.usefixtures("results_and_runs_here")
 def test_a_rate_at_which_training_diverges_counts_with_the_best_before(tmp_path, monkeypatch):
     name = "speech-coarse-lr2.4e-2-seed0"
     (tmp_path / f"{name}.jsonl").write_text(
@@ -183,8 +189,6 @@ def test_a_rate_at_which_training_diverges_counts_with_the_best_before(tmp_path,
             stdout.write(ending)
         return SimpleNamespace(returncode=int("--out" in words), stdout="")
     monkeypatch.setattr(experiments.subprocess, "run", run)
-    for folder in ("RESULTS", "RUNS"):
-        monkeypatch.setattr(experiments, folder, tmp_path)
     assert experiments.run("speech", "coarse", "2.4e-2", 0)["best"]["val_nll"] == 7.0
     (tmp_path / f"{name}.json").unlink()
     (tmp_path / f"{name}.txt").unlink()
@@ -195,8 +199,8 @@ def test_a_rate_at_which_training_diverges_counts_with_the_best_before(tmp_path,
 
 @pytest.mark.parametrize("question, steps, others", [
     ("paper", "", ["hybrid-heard"]), ("scale", "-steps1200", ["hybrid-heard", "hybrid-late", "gpt-m-late"])])
-def test_every_model_runs_at_the_learning_rate_that_was_best_for_its_kind(question, steps, others, monkeypatch,
-                                                                          tmp_path):
+@pytest.mark.usefixtures("results_and_runs_here")
+def test_every_model_runs_at_the_learning_rate_that_was_best_for_its_kind(question, steps, others, monkeypatch):
     best, ran = {"gpt-s": "3e-3", "gpt-m": "6e-3", "hybrid": "1.5e-3", "gpt-l": "3e-3"}, []
 
     def run(dataset, model, lr, seed, device):
@@ -204,8 +208,6 @@ def test_every_model_runs_at_the_learning_rate_that_was_best_for_its_kind(questi
         return {"best": {"val_nll": 4.0 if lr == best.get(model.removesuffix(steps)) else 5.0 + float(lr)}}
     monkeypatch.setattr(experiments, "run", run)
     monkeypatch.setattr(experiments, "score", lambda *_: None)
-    for folder in ("RESULTS", "RUNS"):
-        monkeypatch.setattr(experiments, folder, tmp_path)
     monkeypatch.setattr(sys, "argv", ["experiments.py", "speech", "music", "--only", question, "--seeds", "2"])
     experiments.main()
     searched, runs = ran[:12], ran[12:]
@@ -227,10 +229,9 @@ def test_an_experiments_list_stays_on_a_line(tmp_path):
     assert experiments.json.loads((tmp_path / "a.json").read_text())["scores"]["0"]["clips"] == [3, 4]
 
 
+@pytest.mark.usefixtures("results_and_runs_here")
 def test_scores_are_filed_under_the_mel_that_was_shown(tmp_path, monkeypatch):
     name, asked = "speech-coarse-lr6e-3-seed0", []
-    for folder in ("RESULTS", "RUNS"):
-        monkeypatch.setattr(experiments, folder, tmp_path)
     (tmp_path / f"{name}.pt").touch()
     (tmp_path / f"{name}.json").write_text(json.dumps({"scores": {"0": {"val_nll": 1}}}))
 
@@ -257,7 +258,8 @@ def test_what_a_model_is_trained_on():
     assert {model: experiments.trained_on(model) for model in on} == on
 
 
-def test_rates_are_searched_where_asked_and_fit_the_width(monkeypatch, tmp_path):
+@pytest.mark.usefixtures("results_and_runs_here")
+def test_rates_are_searched_where_asked_and_fit_the_width(monkeypatch):
     ran = []
 
     def run(dataset, model, lr, seed, device):
@@ -265,8 +267,6 @@ def test_rates_are_searched_where_asked_and_fit_the_width(monkeypatch, tmp_path)
         return {"best": {"val_nll": abs(float(lr) - 6e-3)}}
     monkeypatch.setattr(experiments, "run", run)
     monkeypatch.setattr(experiments, "score", lambda *_: None)
-    for folder in ("RESULTS", "RUNS"):
-        monkeypatch.setattr(experiments, folder, tmp_path)
     monkeypatch.setattr(sys, "argv", "experiments.py speech --search music --only size --seeds 2".split())
     experiments.main()
     assert {d for d, *_ in ran[:8]} == {"music"}
@@ -274,6 +274,7 @@ def test_rates_are_searched_where_asked_and_fit_the_width(monkeypatch, tmp_path)
                                      for n, lr in ((64, "0.012"), (192, "0.004")))
 
 
+@pytest.mark.usefixtures("results_and_runs_here")
 def test_the_best_evaluation_counts_not_the_last(tmp_path, monkeypatch):
     name = "speech-coarse-lr6e-3-seed0"
     (tmp_path / f"{name}.jsonl").write_text("\n".join([
@@ -285,8 +286,6 @@ def test_the_best_evaluation_counts_not_the_last(tmp_path, monkeypatch):
         (tmp_path / f"{name}.last.pt").touch()
         return SimpleNamespace(returncode=0, stdout="")
     monkeypatch.setattr(experiments.subprocess, "run", run)
-    for folder in ("RESULTS", "RUNS"):
-        monkeypatch.setattr(experiments, folder, tmp_path)
     result = experiments.run("speech", "coarse", "6e-3", 0)
     assert result["best"]["step"] == 100 and result["scores"]["0"]["clip_nll"] == [4.0]
     assert result["curve"] == [[0, 7.0], [100, 4.0], [200, 5.0]]

@@ -425,9 +425,9 @@ def main():
         parser.error("--steps and --batch-size must be at least 1, --frames 29")
     if Path(args.out).is_dir() or not last.parent.is_dir():
         parser.error(f"--out {args.out}: not a file in an existing folder")
-    for path in (last, Path(args.out)):
+    for path, going_on in ((last, "continue it with --resume, "), (Path(args.out), "")):
         if path.exists() and not args.resume:
-            sys.exit(f"error: {path} exists: continue it with --resume, delete it, or choose another --out")
+            sys.exit(f"error: {path} exists: {going_on}delete it, or choose another --out")
     choose_device(args.device)                                # exits in one line if it cannot be used
     try:
         state = torch.load(last, map_location=args.device, weights_only=True) if args.resume else {"options": {}}

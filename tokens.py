@@ -167,7 +167,7 @@ class Codec:
     name, checksum   which codec it is, for caches and checkpoints
     n_codebooks      how many codebooks the weights hold
     silence_frames   frames of silence before every clip; their codes and sound are dropped. EnCodec pads the start of
-                     a clip by reflection, which lets its first codes see about seven frames ahead; a reflection of
+                     a clip by reflection, which lets its first codes see about six frames ahead; a reflection of
                      silence is silence, so that every code of the clip is causal. 0 for a codec that pads with zeros.
     """
 

@@ -140,7 +140,7 @@ def parse_arguments():
         "of the original audio), to measure whether it helps to know both (default: off)")
     add("--own-details", action="store_true", help="in training use, in every other crop, the mel decoded from the "
         "right coarse codes and finer ones that the model itself has drawn (a kind of scheduled sampling); on a CPU a "
-        "step takes three to four times as long")
+        "step takes three to five times as long")
     add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
     add("--latents", action="store_true", help="use the codec's own vectors instead of the mel: the decoder's input "
         "for K codebooks or, with --mel-codebooks 0, the encoder's output before it is quantised")
@@ -166,8 +166,8 @@ def parse_arguments():
     add("--accumulate", type=int, default=1, metavar="N",
         help="split each batch into N parts, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate, at the end of the warm-up; then cosine decay to a tenth "
-        "(default: 1.2e-2 for the nano models, the best of four at 300 steps; 1e-3, meant for long runs, for larger "
-        "ones, though in 400 steps 3e-3 to 6e-3 were best)")
+        "(default: 1.2e-2 for the nano models, the best of four at 300 steps, though 6e-3 is better at 2,400; 1e-3, "
+        "meant for long runs, for larger ones, though in 400 steps 3e-3 to 6e-3 were best)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--clip", type=float, default=1.0, help="clip the gradient to this norm (default: %(default)s)")

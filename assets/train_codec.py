@@ -7,7 +7,8 @@ train_codec.py: trains `mini`, the codec that ships with the project.
     (to ship it: move out-codec.pt to assets/mini.pt, and the printed SHA-256 into tokens.py, MINI_SHA256)
 
 The first takes two to three hours on two CPU cores, the second, which made the codec that ships, four minutes on an
-H100. Clips that train.py would validate on (`data.split_clips`) are held out, for measuring every thousand steps.
+H100. Clips that train.py would validate on (`data.split_clips`) are held out, for measuring every thousand steps from
+phase 3 on.
 
 An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Trained all at once, from
 random weights, it ends up using one codebook, which says little. So it is trained in four phases:

@@ -42,7 +42,8 @@ own       as `nano` in shipped, but given the mel of its own finer codes in half
           are from shipped and own: on speech `nano-own`, on music `nano`, and `nano-gpt`)
 recorded  as `nano` in shipped, but trained on the mel of recordings: what it generates shows what the gap costs. One
           seed
-double    `nano`, `nano-gpt` and `nano-codes8` for 2,400 steps, on six hours of audio
+double    `nano`, `nano-gpt` and `nano-codes8` for 2,400 steps, on six hours of audio (`--lr 6e-3`: chosen after 300
+          steps, `nano` and `nano-gpt` would take twice that, which turned out worse)
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but the same number of targets a step:
           the longer the context, the fewer places they come from
 short     the same three with 32 positions, where music gains most, three seeds; and again from as few places a step as
@@ -146,8 +147,8 @@ EXPERIMENTS = {
               **{f"{name}-late-steps1200": ["--model", name, *SCALE, "--codec", REFITTED["late"]]
                  for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "longer", "shipped", "codes8", "own", "short", "codec", "paper",
-                 "scale")
+SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "longer", "shipped", "codes8", "own", "double", "short", "codec",
+                 "paper", "scale")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -364,6 +365,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=["gap"], metavar="QUESTION",
                         help=f"{', '.join(EXPERIMENTS)} (default: gap)")
     parser.add_argument("--search", metavar="DATASET", help="to choose learning rates on (default: the first)")
+    parser.add_argument("--lr", metavar="RATE", help="one learning rate for every model, instead of choosing")
     parser.add_argument("--seeds", type=int, default=3, help=f"how many in {', '.join(SEVERAL_SEEDS)} (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu: one thread a run (default: cpu)")
@@ -375,8 +377,8 @@ def main():
         for folder in (RESULTS, RUNS):
             folder.mkdir(exist_ok=True)
         with ThreadPoolExecutor(args.jobs) as pool:
-            chosen = choose_rates(args.only, args.search or args.datasets[0], args.device, pool)
-            runs = [(dataset, model, rate_of(model, chosen), seed, args.device)
+            chosen = {} if args.lr else choose_rates(args.only, args.search or args.datasets[0], args.device, pool)
+            runs = [(dataset, model, args.lr or rate_of(model, chosen), seed, args.device)
                     for question in args.only for model in EXPERIMENTS[question]
                     for seed in range(args.seeds if question in SEVERAL_SEEDS else 1) for dataset in args.datasets]
             list(pool.map(lambda r: (run(*r), score(*r)), dict.fromkeys(runs)))

@@ -272,6 +272,10 @@ def test_rates_are_searched_where_asked_and_fit_the_width(monkeypatch):
     assert {d for d, *_ in ran[:8]} == {"music"}
     assert sorted(ran[8:]) == sorted(("speech", f"{model}-width{n}", lr, 0) for model in ("coarse", "coarse-gpt")
                                      for n, lr in ((64, "0.012"), (192, "0.004")))
+    ran.clear()
+    sys.argv += ["--lr", "3e-4"]                              # given, not searched
+    experiments.main()
+    assert len(ran) == 4 and {lr for *_, lr, _ in ran} == {"3e-4"}
 
 
 @pytest.mark.usefixtures("results_and_runs_here")

@@ -22,6 +22,8 @@ has changed meanwhile).
 Which crops a batch holds depends on seed, step, size, context and stretch only, not on the model or a resume. Each row
 is a crop of one clip, never of two; a clip shorter than the context is used whole, and the rest of its row is padding
 that is not scored. Inputs are one frame late: START, "nothing came before", stands where a clip's frame 0 is predicted.
+
+To read first: `encode_files`, then `Dataset.batch` and `gather`. The rest splits, caches and resumes.
 """
 import contextlib
 import functools
@@ -198,8 +200,8 @@ def split_clips(names, dataset=None):
 
     With top-level folders train/ and val/, those in val/; DataError if there is something beside these two, or if a
     split has other names, as nobody could tell which clip belongs to which side. Otherwise about a tenth, those whose
-    path's hash is low, so that adding a file moves no other; in a small folder, where no hash is that low, the lowest
-    is used, and a new file may replace it.
+    path's hash is low, so that adding a file moves no other. (In a small folder, where no hash is that low, the lowest
+    validates, until a file with a lower one comes.)
     A dataset of corpora.py has a split of its own, or groups of clips (of one speaker, say) that stay together.
     """
     corpus = CORPORA.get(dataset)
@@ -459,7 +461,7 @@ class Dataset:
         for centre in rng.integers(self.train_ends[-1], size=batch_size * context // stretch):
             clip = np.searchsorted(self.train_ends, centre, side="right")         # the clip it is in
             start, end = self.train[clip]
-            offset = centre - (self.train_ends[clip] - (end - start)) - stretch // 2
+            offset = centre - (self.train_ends[clip] - (end - start)) - stretch // 2      # within the clip
             offset = max(0, min(offset, end - start - stretch))
             crops += [(start, end, offset + i, 0) for i in range(0, stretch, context)]
         return self.gather(crops, context, n_codebooks)

@@ -3,7 +3,7 @@ mel.py: from a waveform to a causal log-mel spectrogram, every step on the page.
 
     wave ──frame──▶ 1024 samples ──× window──▶ FFT ──|.|²──▶ 513 powers ──× triangles──▶ 80 bands ──log──▶ mel
 
-The FFT tells how strong each of 513 tones, its *bins*, 23 Hz apart, is in those 1024 samples.
+The FFT splits those 1024 samples into 513 tones, its *bins*, 23 Hz apart, and tells how strong each one is.
 
 Two choices are unusual. One is which samples a frame may see. Frame t belongs to samples [t*HOP, (t+1)*HOP), those that
 one column of codec tokens stands for, and its window ends exactly there:
@@ -12,8 +12,8 @@ one column of codec tokens stands for, and its window ends exactly there:
     frame 2   ├───┼───────────────────────────────────┤             segment = wave[-64 : 960], zeros before the clip
               zeros                                   └ (t+1)*HOP = 960: not one sample later
 
-The usual window is centred on the frame's first sample and so, if it has 1024, reaches 192 samples past (t+1)*HOP, into
-the audio of the token that a model at this position has to predict. That makes the likelihood look better than it is,
+The usual window is centred on the frame's first sample and so, 1024 samples long, reaches 192 past (t+1)*HOP, into the
+audio of the token that a model at this position has to predict. That makes the likelihood look better than it is,
 and it is impossible while sampling, when that audio does not exist yet. `lookahead` lets the window reach that far on
 purpose, to measure how much the leak is worth.
 
@@ -77,7 +77,7 @@ def mel_to_hz(mel):
 
 
 def mel_filterbank(n_fft=N_FFT, n_mels=N_MELS):
-    """Triangular filters from 0 Hz to Nyquist, equally spaced in mel. Returns (n_fft // 2 + 1, n_mels) float32.
+    """Triangular filters from 0 Hz to half the sample rate (Nyquist), equally spaced in mel: (bins, n_mels) float32.
 
     Filter m rises from edge m to edge m+1 and falls to edge m+2. Slaney's norm divides by half the width in Hz,
     so that every triangle has area 1 and white noise gives a flat mel spectrum.

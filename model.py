@@ -106,8 +106,9 @@ PRESETS = {
 def rotary_angles(start, length, head_dim):
     """What `rotate` multiplies by, for `length` positions from `start`: cos and signed sin, (2, length, head_dim).
 
-    Channel i and channel i + D/2 form a pair that turns by position * 10000^(-2i/D). In float64 and on the CPU, because
-    positions grow without bound while sampling.
+    Channel i and channel i + D/2 form a pair that turns by position * 10000^(-2i/D). A query and a key that are turned
+    so have a dot product in which only their distance appears: there is no position embedding that could run out while
+    sampling. In float64 and on the CPU, because there positions grow without bound.
     """
     frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(start, start + length, dtype=torch.float64)[:, None] * frequency
@@ -167,7 +168,7 @@ class KVCache:
 
     Attention ignores the order of its keys, and every key carries its own position (rotary), so a ring buffer is
     enough: position t overwrites position t - context. (Beyond `context`, deep layers hear from further back than in
-    training, as each position they attend to has itself attended to `context` earlier ones.)
+    training: what they attend to has itself attended to `context` earlier positions.)
     """
 
     def __init__(self, context):
@@ -251,8 +252,8 @@ class HybridGPT(nn.Module):
 
         Neighbouring bands say nearly the same: a few of the 80 directions hold nearly all the variance, yet the others
         may tell two sounds apart. So a frame is expressed in the principal components of the training frames, each
-        divided by sqrt(its variance + 0.01 * the mean variance): about equal then, but for the weakest, mostly noise. A
-        common factor then makes the mean variance 1.
+        divided by sqrt(its variance + 0.01 * the mean variance): the strong ones come out about equal, the weakest,
+        mostly noise, stay small. A common factor then makes the mean variance 1.
         """
         if self.config.use_mel:
             variances, directions = torch.linalg.eigh(torch.as_tensor(covariance, dtype=torch.float64))

@@ -71,8 +71,10 @@ def run_piece(module, x, state):
 
     Pieces are whole frames, so that every stride divides them and no layer is left with half an output.
     `state` is a dict, empty at the start of a clip: layer -> what it must remember. For a causal convolution, the last
-    inputs that its kernel still reaches; for a transposed one, whose kernel is twice its stride (each input adds to two
-    blocks of outputs), what its last input adds to the next block; for the LSTM, its hidden and cell state.
+    inputs that its kernel still reaches. For the LSTM, its hidden and cell state. A transposed convolution's kernel is
+    twice its stride, so input t adds `now` to block t of the outputs, a stride long, and `later` to block t + 1:
+
+        y[block t] = now[t] + later[t - 1]                    remembered: `later` of the last input
     """
     if isinstance(module, torch.nn.Sequential):
         for child in module:
@@ -82,7 +84,7 @@ def run_piece(module, x, state):
         return run_piece(module.shortcut, x, state) + run_piece(module.block, x, state)
     if isinstance(module, SConv1d):
         conv = module.conv.conv
-        # how many earlier inputs an output needs besides those of its own stride; the package pads by as many
+        # how many inputs before the current stride the kernel still reaches; the package pads by as many
         reach = (conv.kernel_size[0] - 1) * conv.dilation[0] - (conv.stride[0] - 1)
         if module in state:
             x = torch.cat([state[module], x], dim=-1)

@@ -13,6 +13,8 @@ train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
 Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
 that was printed, and each clip's NLL. Every evaluation goes over the whole validation split in fixed order, so they can
 be compared.
+
+To read first: `evaluate`, `own_details` and, in `main`, "the loop". The rest is options, interruptions and errors.
 """
 import argparse
 import contextlib
@@ -40,8 +42,8 @@ from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, Hybr
                    load_checkpoint, save, to_checkpoint)
 from tokens import CodecError, load_codec
 
-# A step learns the finer codes of every eighth frame only, as there are K - 1 for each coarse code, and each costs a
-# softmax over 1024, too (Sesame's CSM takes a random sixteenth: compute amortisation)
+# A step learns the coarse code of every frame, but the finer codes of every eighth only, as there are K - 1 of them,
+# and each costs a softmax over 1024, too (Sesame's CSM takes a random sixteenth: compute amortisation)
 DEPTH_EVERY = 8
 
 # torchrun sets all three; a cluster's scheduler may set some of them for its own purposes
@@ -89,8 +91,8 @@ def own_details(model, codec, codes, mel, targets):
 
     That is close to what it hears when it samples; the target is still the right next code. It is scheduled sampling
     (Bengio et al., 1506.03099), but in one extra pass, as for Transformers in 1906.07651, at a fixed rate and of the
-    finer codes alone. It is no more than close: the pass that draws has heard the right finer codes, and crops are
-    decoded without their past.
+    finer codes alone. Two differences remain: while drawing, the model has heard the right finer codes, and each crop
+    is decoded without its past.
     """
     model.eval()                                                                  # no dropout, no mel_noise
     x, coarse = model.backbone(codes, mel).flatten(0, 1), targets[:, 0].clamp(min=0).flatten()        # (B * T, ...)
@@ -453,8 +455,8 @@ def main():
                  + "; start anew with a lower --lr (and --overwrite)")
 
     while True:
-        # Only here, between two steps, is a run evaluated, saved and ended. What is saved, but for `best`, is the state
-        # before this evaluation, which --resume repeats: so log_size is taken now, and --resume cuts the log off there
+        # Only here, between two steps, is a run evaluated, saved and ended. What is saved, `best` aside, is the state
+        # *before* this evaluation: --resume repeats it, so it cuts the log off where that ends now (log_size)
         seconds, log_size = time.perf_counter() - start, log.tell()
         stop = max(stopped_by, default=0)                     # a signal's number; 0: none
         if WORLD > 1:                                         # all processes stop after the same step
@@ -516,9 +518,9 @@ def main():
                 mel[some] = own_details(model, codec, codes[some], mel[some], targets[some]).type_as(mel)
             with autocast:
                 _, losses = wrapped(codes, mel, targets, depth_frames=move(depth_frames, device))         # (K,)
-            # the loss: NLL of the coarse code + mean NLL of the finer codes. Clips shorter than the context are padded,
-            # so parts hold unequal numbers of targets: each part's means are weighted by its share of the targets, so
-            # that over all parts and processes they add up to the means over the batch
+            # the loss: NLL of the coarse code + mean NLL of the finer codes, means over the batch. As short clips are
+            # padded, its parts hold unequal numbers of targets: a part's means count by its share of the targets, so
+            # that over all parts and processes they add up
             shares = count_targets(part[2], depth_frames) / n_targets.clamp(min=1)           # coarse, finer
             loss = losses[0] * shares[0]
             if len(losses) > 1:

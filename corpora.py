@@ -148,7 +148,7 @@ def download(archive, home):
     It goes on where an earlier call ended. If a connection stalls, breaks off or meets a busy server, a new one goes on
     from the first missing byte.
     """
-    path, idle, problem = _path(archive, home), 0, None
+    path, idle = _path(archive, home), 0
     if path.exists() and _is_right(path, archive):            # an earlier call ended while it was unpacking this
         return path
     with tqdm(desc=f"downloading {path.name}", unit="B", unit_scale=True, unit_divisor=1000) as bar:

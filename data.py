@@ -70,11 +70,11 @@ def read_audio(path):
         with soundfile.SoundFile(path) as file:
             if not 1_000 <= file.samplerate <= 1_000_000:
                 raise DataError(f"{path}: claims {file.samplerate} samples a second, not 1,000 to 1,000,000")
+            if file.frames > 2**62:                           # a FLAC that was written into a pipe
+                raise DataError(f"{path}: its header does not tell its length: encode it again")
             resampler = None
             if file.samplerate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
-            if file.frames > 2**62:                           # a FLAC that was written into a pipe
-                raise DataError(f"{path}: its header does not tell its length: encode it again")
             n = min(BLOCK, BLOCK * file.samplerate // SAMPLE_RATE) // file.channels
             while len(block := file.read(n, dtype="float32", always_2d=True)):            # may end before it claims to
                 if not (np.abs(block) < 100).all():           # a little above 1 is normal
@@ -128,14 +128,12 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
                 try:
                     blocks[i] = future.result()
                 except DataError as error:
-                    blocks[i], problems[i] = np.zeros(0), str(error).removeprefix(f"{paths[i]}: ")
+                    blocks[i], problems[i] = np.zeros(0, np.float32), str(error).removeprefix(f"{paths[i]}: ")
                 n_samples[i] += len(blocks[i])
             # a short block is its file's last; the other files' next ones are read while the codec works on these
             reading = {i: pool.submit(next, readers[i]) for i, block in blocks.items() if len(block) == block_size}
-            waves = np.zeros((len(paths), max(map(len, blocks.values()))), np.float32)        # ended files: zeros
-            for i, block in blocks.items():
-                waves[i, :len(block)] = block
-            wave = torch.from_numpy(waves).to(codec.device)
+            rows = [torch.from_numpy(blocks.get(i, np.zeros(0, np.float32))) for i in range(len(paths))]
+            wave = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(codec.device)   # ended files: zeros
             unquantised = encoder.latents(wave)                   # (B, C, t)
             new_codes = codec.quantize(unquantised, codec.n_codebooks)        # (B, K, t)
             if latents:
@@ -248,8 +246,8 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     check_mel(codec, mel_codebooks, latents, lookahead, window)
     folder, names = find_audio(dataset, cache)
     split_clips(names, dataset)                               # an unclear split is found now, not after encoding
-    sizes = [(folder / name).stat() for name in names]
-    files = [(name, size.st_size, size.st_mtime_ns) for name, size in zip(names, sizes)]
+    stats = [(folder / name).stat() for name in names]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]
     made_with = {"format": 2, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "mel_floor": FLOOR,
                  "n_mels": codec.vectors.shape[-1] if latents else N_MELS, "latents": latents,
@@ -258,34 +256,38 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     if dataset not in (*BUNDLED, *CORPORA):
         dataset = str(folder.resolve())                       # so that it is found again from anywhere
-    name = Path(dataset).name
-    short = os.fsencode(f"{name}-{codec.name}")[:200].decode(errors="ignore")     # a file name may have 255 bytes
+    short = os.fsencode(f"{Path(dataset).name}-{codec.name}")[:200].decode(errors="ignore")      # a name: 255 bytes
     home = Path(cache) / f"{short}-{key}"
     ready = (home / "meta.json").is_file()
     if not ready:
         with disk_errors(cache), locked(Path(cache)):
             if not (home / "meta.json").is_file():            # another process may have made it while this one waited
-                unfinished = home.with_name(f".{home.name}")
-                (unfinished / "clips").mkdir(parents=True, exist_ok=True)
-                problems = _encode(unfinished / "clips", folder, files, codec, made_with,
-                                   f"preparing {name} with {codec.name}", quiet)
-                try:
-                    _join(unfinished, dataset, names, made_with, problems)
-                except DataError:
-                    shutil.rmtree(unfinished)                 # nothing in it is worth keeping
-                    raise
-                # the arrays, to the disk before their clips are deleted (the pattern skips clips/, which has no dot)
-                for path in unfinished.glob("*.*"):
-                    with open(path, "r+b") as file:
-                        os.fsync(file.fileno())
-                shutil.rmtree(home, ignore_errors=True)
-                os.replace(unfinished, home)                  # only a finished cache ever gets the name
+                _make(home, dataset, folder, files, codec, made_with, quiet)
     shutil.rmtree(home / "clips", ignore_errors=True)         # joined; an earlier call may have been killed just here
     data = Dataset(home)
     if ready and data.meta["skipped"]:                        # otherwise `_encode` has just said so
         print(f"skipped earlier: {len(data.meta['skipped'])} of {len(names)} files; to try them again, delete {home}",
               file=sys.stderr)
     return data
+
+
+def _make(home, dataset, folder, files, codec, made_with, quiet):
+    """Encode and join a dataset beside `home`: only a finished cache ever gets that name."""
+    unfinished = home.with_name(f".{home.name}")
+    (unfinished / "clips").mkdir(parents=True, exist_ok=True)
+    title = f"preparing {Path(dataset).name} with {codec.name}"
+    problems = _encode(unfinished / "clips", folder, files, codec, made_with, title, quiet)
+    try:
+        _join(unfinished, dataset, [name for name, _, _ in files], made_with, problems)
+    except DataError:
+        shutil.rmtree(unfinished)                             # nothing in it is worth keeping
+        raise
+    # the arrays, to the disk before their clips are deleted (the pattern skips clips/, which has no dot)
+    for path in unfinished.glob("*.*"):
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(home, ignore_errors=True)
+    os.replace(unfinished, home)
 
 
 def _encode(clips, folder, files, codec, made_with, title, quiet):

@@ -290,10 +290,10 @@ class HybridGPT(nn.Module):
         """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> hidden states (B, T, n_embd), for `head` and
         `finer_logits`. With a `KVCache` T is 1, and the positions before this one are remembered."""
         T, context = codes.shape[2], self.config.context
-        at_start = (codes[:, 0] == START)[..., None]                              # (B, T, 1)
-        first = 0 if cache is None else cache.position
         if cache is not None and T != 1:
             raise ValueError(f"with a cache one position at a time, not {T}")
+        at_start = (codes[:, 0] == START)[..., None]                              # (B, T, 1)
+        first = 0 if cache is None else cache.position
         if first + T <= context:
             rotary = self.rotary[:, first:first + T]
         else:                                                                     # sampling goes on past the context
@@ -403,16 +403,16 @@ def load_checkpoint(path, device="cpu"):
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        known = checkpoint["format"] == FORMAT
-        if known:
-            model = HybridGPT(Config(**checkpoint["config"]))
-            model.load_state_dict(checkpoint["model"])
-            checkpoint.setdefault("latents", False)           # the first files of this format do not name that option
+        if checkpoint["format"] != FORMAT:
+            raise CheckpointError(f"{path} is of format {checkpoint['format']}, and this is {FORMAT}: train it anew")
+        model = HybridGPT(Config(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        checkpoint.setdefault("latents", False)               # the first files of this format do not name that option
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint '{path}': train.py writes one") from error
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)        # some have many lines
         raise CheckpointError(f"{path} is not a whole checkpoint of this train.py ({reason})") from error
-    if not known:
-        raise CheckpointError(f"{path} is of format {checkpoint['format']}, and this is {FORMAT}: train it anew")
     return model.to(device).eval(), checkpoint

@@ -20,6 +20,7 @@ the cost of a frame stops growing once the context is full.
 """
 import argparse
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -158,8 +159,9 @@ def main():
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     if args.num == 1 and codec.device.type == "cpu":
         torch.set_num_threads(1)                              # one frame is too little work for several threads
-    n_frames = round(args.seconds * FRAME_RATE)
-    generator = torch.Generator().manual_seed(args.seed)
+    frames = generate(model, codec, round(args.seconds * FRAME_RATE), args.num, prompt, args.temperature,
+                      args.finer_temperature, top_k=args.top_k, top_p=args.top_p,
+                      generator=torch.Generator().manual_seed(args.seed))
     parts = [] if live else [name.with_name(f".{os.getpid()}-{i}.part{name.suffix}") for i, name in enumerate(names)]
     start = time.perf_counter()
     with contextlib.ExitStack() as cleanup:
@@ -168,16 +170,15 @@ def main():
         if sys.stderr.isatty():
             cleanup.callback(print, file=sys.stderr)          # ends the line that shows the progress
         files = [cleanup.enter_context(soundfile.SoundFile(part, "w", SAMPLE_RATE, 1, "PCM_16")) for part in parts]
-        for t, (_, wave) in enumerate(generate(model, codec, n_frames, args.num, prompt, args.temperature,
-                                               args.finer_temperature, top_k=args.top_k, top_p=args.top_p,
-                                               generator=generator), start=1):
+        for t, (_, wave) in enumerate(frames, start=1):
             samples = (wave.clamp(-1, 1) * 32767).round().short().cpu().numpy()                          # (B, 320)
             if live:
                 sys.stdout.buffer.write(samples.astype("<i2").tobytes())
                 sys.stdout.buffer.flush()
             for file, row in zip(files, samples):
                 file.write(row)
-            seconds, pace = t / FRAME_RATE, t / FRAME_RATE / (time.perf_counter() - start)
+            seconds = t / FRAME_RATE
+            pace = seconds / (time.perf_counter() - start)
             if sys.stderr.isatty() and t % 15 == 0:
                 print(f"\r{seconds:.1f} s at {pace:.2f} x real time ", end="", file=sys.stderr)
         for file, part, name in zip(files, parts, names):
@@ -200,12 +201,10 @@ if __name__ == "__main__":
         sys.exit(f"error: cannot write --out ({str(error).strip()}): is the disk full?")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:                                   # whoever read --out - has closed the pipe
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, *DISK_FULL):
+            raise
         # at exit Python flushes stdout once more: into nothing, or that would fail, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit("error: no space left where --out goes")
+        # EPIPE: whoever read --out - has closed the pipe
+        sys.exit(0 if error.errno == errno.EPIPE else "error: no space left where --out goes")

@@ -54,6 +54,7 @@ SILENCE = 8                          # frames of silence before a clip for a cod
 MINI = Path(__file__).parent / "assets" / "mini.pt"
 MINI_SHA256 = "da13ab60fe19712f5ce7b639acb10fcca1455ee60c551ffdc19008beb0726169"
 ENCODEC_SHA256 = "d7cc33bc"          # its first eight digits, which Meta put into the file's name
+TRAINING_ONLY = ("inited", "cluster_size", "embed_avg")       # assets/train_codec.py's running sums, in no file
 ENCODEC_FILE = f"encodec_24khz-{ENCODEC_SHA256}.th"
 
 # GPU and CPU should find the same codes: no TF32, which rounds mantissas to 10 bits, in convolutions and LSTM
@@ -280,9 +281,7 @@ def load_codec(name="mini", device="cpu", folder=None):
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except Exception as error:       # torch.load raises many kinds of exception for a foreign or damaged file
         raise CodecError(f"{path} is not a codec file of assets/train_codec.py ({type(error).__name__})") from error
-    # the running sums of codebook training may be missing: only assets/train_codec.py uses them
-    missing = [key for key in missing if not key.endswith(("inited", "cluster_size", "embed_avg"))]
-    if wrong := missing + unexpected:
+    if wrong := [key for key in missing if not key.endswith(TRAINING_ONLY)] + unexpected:
         raise CodecError(f"{path} does not fit its own configuration: {wrong[0]} is missing or unknown")
     return Codec(model, name if name == "mini" else path.stem, checksum[:16], device)
 

@@ -96,7 +96,8 @@ def own_details(model, codec, codes, mel, targets):
     """
     model.eval()                                                                  # no dropout, no mel_noise
     x, coarse = model.backbone(codes, mel).flatten(0, 1), targets[:, 0].clamp(min=0).flatten()        # (B * T, ...)
-    own = model.draw_finer(x, coarse, draw=lambda logits: torch.multinomial(logits.softmax(-1), 1)[:, 0])
+    draw = lambda logits: torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    own = torch.cat([model.draw_finer(*part, draw) for part in zip(x.split(65_535), coarse.split(65_535))])   # as above
     model.train()
     wave = codec.decode(own.unflatten(0, mel.shape[:2]).mT)                       # (B, T * 320)
     return torch.cat([mel[:, :1], log_mel(wave)[:, :-1]], dim=1)                  # position p is shown frame p - 1
@@ -104,8 +105,18 @@ def own_details(model, codec, codes, mel, targets):
 
 def count_targets(targets, depth_frames):
     """How many frames of targets (B, K, T) are scored for the coarse code, and how many for the finer ones: (2,)."""
-    counts = targets[:, 0] != IGNORE
-    return torch.stack([counts.sum(), counts[:, depth_frames].sum()])
+    scored = targets[:, 0] != IGNORE
+    return torch.stack([scored.sum(), scored[:, depth_frames].sum()])
+
+
+def total_loss(losses, shares):
+    """NLL of the coarse code + mean NLL of the finer codes: of losses (K,), the means over a part of a batch.
+
+    As short clips are padded, the parts hold unequal numbers of targets. Each counts by its shares of the batch's
+    targets (2,), coarse and finer, so that over all parts and processes they add up to the means over the batch.
+    """
+    loss = losses[0] * shares[0]
+    return loss + losses[1:].mean() * shares[1] if len(losses) > 1 else loss
 
 
 def learning_rate(step, args):
@@ -121,7 +132,7 @@ def learning_rate(step, args):
 SHOWN = ("dataset", "codec", *MEL_OPTIONS)           # what a model is shown; out.pt and every result name these options
 # options that may change with --resume: where things are now (hashes tell whether they are the same), and how to
 # compute (another dtype, compile or accumulate, and the run is not the same to the bit)
-MAY_CHANGE = ("dataset", "codec", "codec_dir", "dtype", "compile", "accumulate")
+MAY_CHANGE = {"dataset", "codec", "codec_dir", "dtype", "compile", "accumulate"}
 THIS_CALL = ("given", "out", "resume", "overwrite", "eval", "device")             # not stored for --resume
 # options allowed beside --eval; not --latents, as their width would not fit a model made for a mel
 BESIDE_EVAL = {"eval", *SHOWN, "codec_dir", "batch_size", "device", "dtype"} - {"latents"}
@@ -198,7 +209,7 @@ def parse_arguments():
         field, _, value = word.partition("=")
         try:                                                  # bool("False") would be True
             fields[field] = {"True": True, "False": False}[value] if types[field] is bool else types[field](value)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, ValueError):
             parser.error(f"--set {word}: must be FIELD=VALUE, a field of model.py's Config and a value of its type "
                          "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
     args.set = fields
@@ -268,6 +279,14 @@ def new_model(args, codec):
         sys.exit(f"error: --set: {error}")
 
 
+def configure_optimizer(model, args):
+    """AdamW. Embeddings do not decay: every step would shrink the rows of rare codes, and few steps train them."""
+    decayed = [p for name, p in model.named_parameters() if "embedding" not in name]
+    embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
+                              {"params": embeddings, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
 def load_interrupted(args, last, device):
     """What --resume continues: (model, checkpoint) of the file `last`; args become those the run was started with,
     except those of MAY_CHANGE that are given now."""
@@ -275,7 +294,7 @@ def load_interrupted(args, last, device):
     if "log_size" not in checkpoint:
         raise CheckpointError(f"{last} holds no training state, or that of an older version: --resume needs the file "
                               "that an interrupted run leaves beside --out")
-    for name in sorted(args.given & checkpoint["args"].keys() - set(MAY_CHANGE)):
+    for name in sorted(args.given & checkpoint["args"].keys() - MAY_CHANGE):
         if getattr(args, name) != checkpoint["args"][name]:
             sys.exit(f"error: --{name.replace('_', '-')} differs from the run in {last} "
                      f"({checkpoint['args'][name]}); --resume continues with the options it was started with")
@@ -347,6 +366,22 @@ def stop_soon(number, _=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C: at once
 
 
+def catch_signals():
+    """From now on a signal ends the run after the current step."""
+    signal.signal(signal.SIGINT, stop_soon)
+    signal.signal(signal.SIGTERM, stop_soon)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup ignores it
+        signal.signal(signal.SIGHUP, stop_soon)
+
+
+def signal_received():
+    """The number of a signal that some process has received, so that all stop after the same step; 0: none."""
+    number = torch.tensor(max(stopped_by, default=0))         # on the CPU: no step should wait for a GPU
+    if WORLD > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
 def say(text):
     """Print; if the terminal is gone, stop as for SIGHUP, which may follow."""
     try:
@@ -370,8 +405,7 @@ def main():
     if args.eval is not None:
         return score(args, device)
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-        cpu_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))     # to agree without waiting for a GPU
+        dist.init_process_group(timeout=timedelta(days=1))    # NCCL for a GPU's tensors, gloo for the CPU's
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
     if not MASTER:
@@ -398,12 +432,7 @@ def main():
 
     # --- model, optimiser, log
     model.train()
-    # no weight decay for embeddings: it would shrink the rows of rare codes at every step, and few steps train them
-    decayed = [p for name, p in model.named_parameters() if "embedding" not in name]
-    embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                                   {"params": embeddings, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = configure_optimizer(model, args)
     step, tokens_seen, seconds, best, log_size = 0, 0, 0.0, math.inf, 0
     if args.resume:
         if checkpoint["audio"] != data.fingerprint:
@@ -427,6 +456,19 @@ def main():
     def write_log(figures):
         print(json.dumps(figures), file=log, flush=True)
 
+    def diverged(what):
+        sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; "
+                 + (f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet")
+                 + "; start anew with a lower --lr (and --overwrite)")
+
+    def get_batch(step):
+        """codes, mel, targets. They depend on step and options only: a resumed run equals an uninterrupted one."""
+        which = args.seed, step, args.batch_size, context, args.stretch, model.config.n_used_codebooks
+        codes, mel, targets = data.batch(*which)
+        if other_data:                                        # the same crops, every other one with the other mel
+            mel[step % 2::2] = other_data.batch(*which)[1][step % 2::2]
+        return codes, mel, targets
+
     n_params, context = model.n_params(), args.context
     print(f"{args.model}: {n_params / 1e6:.2f} M parameters, context {context}, on {device} in {args.dtype}")
     print(f"{args.dataset}: {data.meta['train_frames']:,} frames to train on, {data.meta['val_frames']:,} to "
@@ -440,29 +482,15 @@ def main():
                "torch": torch.__version__, "unigram_nll": unigram, "train_frames": data.meta["train_frames"],
                "val_frames": data.meta["val_frames"]})
 
-    signal.signal(signal.SIGINT, stop_soon)
-    signal.signal(signal.SIGTERM, stop_soon)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup ignores it
-        signal.signal(signal.SIGHUP, stop_soon)
-
     # --- the loop
+    catch_signals()
     start, tokens_logged, time_logged = time.perf_counter() - seconds, tokens_seen, time.perf_counter()
     lr, grad_norm = 0.0, torch.zeros(())                      # for `diverged`, before the first step
-
-    def diverged(what):
-        sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; "
-                 + (f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet")
-                 + "; start anew with a lower --lr (and --overwrite)")
-
     while True:
         # Only here, between two steps, is a run evaluated, saved and ended. What is saved, `best` aside, is the state
         # *before* this evaluation: --resume repeats it, so it cuts the log off where that ends now (log_size)
         seconds, log_size = time.perf_counter() - start, log.tell()
-        stop = max(stopped_by, default=0)                     # a signal's number; 0: none
-        if WORLD > 1:                                         # all processes stop after the same step
-            stop = torch.tensor(stop)                         # on the CPU: no step should wait for a GPU
-            dist.all_reduce(stop, dist.ReduceOp.MAX, group=cpu_group)
-            stop = stop.item()
+        stop = signal_received()
         due = not stop and (step % args.eval_every == 0 or step == args.steps)    # if stopped, --resume will evaluate
         if (step % 20 == 0 or due or stop) and not grad_norm.isfinite():
             diverged("the loss or its gradient")
@@ -481,10 +509,9 @@ def main():
                 best = figures["val_nll"]
                 save(out, to_checkpoint(model, step=step, val_nll=best, **facts))
         if (due or stop) and MASTER:
-            content = to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
-                                    seconds=seconds, best=best, log_size=log_size, args=options, **facts)
             os.fsync(log.fileno())                            # so that even after a power cut it is as long as log_size
-            save(last, content)
+            save(last, to_checkpoint(model, optimizer=optimizer.state_dict(), step=step, tokens_seen=tokens_seen,
+                                     seconds=seconds, best=best, log_size=log_size, args=options, **facts))
             time_logged, tokens_logged = time.perf_counter(), tokens_seen         # excluded from tokens/s
         if stop:
             launch = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
@@ -497,11 +524,8 @@ def main():
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # batch and dropout depend on options, step and process only, so that a resumed run equals an uninterrupted one
-        which = args.seed, step, args.batch_size, context, args.stretch, model.config.n_used_codebooks
-        batch = data.batch(*which)                            # codes, mel, targets
-        if other_data:                                        # the same crops, every other one with the other mel
-            batch[1][step % 2::2] = other_data.batch(*which)[1][step % 2::2]
+        batch = get_batch(step)
+        # dropout, too, depends on options, step and process only
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
         # the offset changes from step to step: if it were fixed, most frames near a clip's start, where many crops
         # begin, would never be trained
@@ -518,18 +542,12 @@ def main():
                 mel[some] = own_details(model, codec, codes[some], mel[some], targets[some]).type_as(mel)
             with autocast:
                 _, losses = wrapped(codes, mel, targets, depth_frames=move(depth_frames, device))         # (K,)
-            # the loss: NLL of the coarse code + mean NLL of the finer codes, means over the batch. As short clips are
-            # padded, its parts hold unequal numbers of targets: a part's means count by its share of the targets, so
-            # that over all parts and processes they add up
-            shares = count_targets(part[2], depth_frames) / n_targets.clamp(min=1)           # coarse, finer
-            loss = losses[0] * shares[0]
-            if len(losses) > 1:
-                loss = loss + losses[1:].mean() * shares[1]
+            loss = total_loss(losses, count_targets(part[2], depth_frames) / n_targets.clamp(min=1))
             (loss * WORLD).backward()                         # shares are of the whole batch, but DDP averages
             loss_sum += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         step += 1
         tokens_seen += n_targets[0].item()
 

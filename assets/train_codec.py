@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_audio, split_clips
 from mel import HANN, HOP, SAMPLE_RATE, frame, log_mel, mel_power
 from model import save
-from tokens import CODEBOOK_SIZE, build_mini
+from tokens import CODEBOOK_SIZE, TRAINING_ONLY, build_mini
 from train import choose_device
 from encodec import msstftd                                                               # tokens makes it importable
 from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock, SLSTM
@@ -207,6 +207,15 @@ def fit_codebooks(quantizer, latents, first, rounds=20):
         book.embed[:, COUNT] = count_latents(torch.tensor([k + 1])) - count_latents(torch.tensor([k]))
         left = residual.var(0).sum() / latents.var(0).sum()
         print(f"  k-means: {left:.3f} of the latents' variance left over", flush=True)
+
+
+@torch.no_grad()
+def start_quantising(model, average, frozen, wave):
+    """The beginning of phase 3, from the averages: freeze their encoder, fit the codebooks to what it makes of wave."""
+    model.load_state_dict(average.state_dict())
+    frozen.load_state_dict(average.encoder.state_dict())
+    latents = torch.cat([frozen(few).mT.flatten(0, 1) for few in wave[:, None].split(16)])        # bounds memory
+    fit_codebooks(model.quantizer, latents, ENVELOPE)
 
 
 @torch.no_grad()
@@ -400,8 +409,7 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
 
 def export(model, path):
     """Write the weights that inference needs, in fp16, and print the SHA-256 that tokens.py checks."""
-    training_only = ("inited", "cluster_size", "embed_avg")
-    weights = {k: v.half().cpu() for k, v in model.state_dict().items() if not k.endswith(training_only)}
+    weights = {k: v.half().cpu() for k, v in model.state_dict().items() if not k.endswith(TRAINING_ONLY)}
     save(path, {"config": SHAPE, "weights": weights})
     print(f'wrote {path}, MINI_SHA256 = "{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"')
 
@@ -430,11 +438,12 @@ def main():
         if path.exists() and not args.resume:
             sys.exit(f"error: {path} exists: {going_on}delete it, or choose another --out")
     choose_device(args.device)                                # exits in one line if it cannot be used
-    try:
-        state = torch.load(last, map_location=args.device, weights_only=True) if args.resume else {"options": {}}
-        vars(args).update(state["options"])
-    except Exception:                # a damaged or foreign file makes torch.load raise almost anything
-        sys.exit(f"error: --resume: no {last}, or not one that can be read: start again without --resume")
+    if args.resume:
+        try:
+            state = torch.load(last, map_location=args.device, weights_only=True)
+            vars(args).update(state["options"])
+        except Exception:            # a damaged or foreign file makes torch.load raise almost anything
+            sys.exit(f"error: --resume: no {last}, or not one that can be read: start again without --resume")
     try:
         train, held_out = load(args.data)
     except DataError as error:
@@ -484,14 +493,9 @@ def main():
         torch.manual_seed(args.seed + step)
         if step / args.steps >= PHASES[phase - 1][0]:
             phase, began = phase + 1, step
-            if phase == 3:                                    # start from the averages; the encoder is frozen
-                model.load_state_dict(average.state_dict())
-                frozen.load_state_dict(average.encoder.state_dict())
+            if phase == 3:
                 some = batch(train, np.random.default_rng(args.seed), min(256, 32 * args.batch_size), 4 * SAMPLE_RATE)
-                waves = some[:, None].to(args.device).split(16)
-                with torch.no_grad():
-                    latents = torch.cat([frozen(few).mT.flatten(0, 1) for few in waves])
-                fit_codebooks(model.quantizer, latents, ENVELOPE)
+                start_quantising(model, average, frozen, some.to(args.device))
 
         wave, counts = (x.to(args.device, non_blocking=True) for x in (wave, counts))     # pinned: nothing waits
         optimizer.zero_grad()
@@ -500,9 +504,9 @@ def main():
         if listener and in_turn:                              # not every step: it learns faster than the codec
             discriminator_loss(discriminator, out, wave).backward()
         end, *rates = PHASES[phase - 1]                       # every phase warms up and cools down
-        through = (step - began) / max(1, end * args.steps - began)
+        done = (step - began) / max(1, end * args.steps - began)
         for group, rate in zip(optimizer.param_groups, rates):                # encoder, decoder
-            group["lr"] = rate * min(1, (step - began + 1) / 200) * max(0.02, 1 - through ** 2)
+            group["lr"] = rate * min(1, (step - began + 1) / 200) * max(0.02, 1 - done ** 2)
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         for mean, now in zip(average.parameters(), model.parameters()):

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import DataError, find_audio, read_blocks, split_clips
-from experiments import commit, label, machine, write
+from experiments import RESULTS, commit, label, machine, write
 from mel import FRAME_RATE, HANN, HOP, SAMPLE_RATE, log_mel
 from model import CheckpointError
 from sample import generate, load
@@ -76,6 +76,22 @@ def load_all(paths):
     return models, codec
 
 
+def parse_arguments(parser, name):
+    """What closeness.py and copying.py have in common: dataset, checkpoints, --clips, --seconds, --out."""
+    parser.add_argument("dataset", help="speech, music, or a folder: what the checkpoints were trained on")
+    parser.add_argument("checkpoints", nargs="+", help="written by train.py")
+    parser.add_argument("--clips", type=int, default=32, help="clips from each checkpoint (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help=f"file to write (default: results/{name}-DATASET.json)")
+    args = parser.parse_args()
+    if args.clips < 1 or not 2 * LAG < args.seconds * FRAME_RATE < 1e6:
+        parser.error("--clips must be at least 1, --seconds more than a few frames")
+    args.out = args.out or RESULTS / f"{name}-{label(args.dataset)}.json"
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: not a file in an existing folder")
+    return args
+
+
 def pair(text):
     """Two temperatures like 1:0.5."""
     try:
@@ -89,24 +105,15 @@ def pair(text):
 
 def main():
     parser = argparse.ArgumentParser(description="Fréchet distance of generated to validation audio, over log-mel.")
-    parser.add_argument("dataset", help="speech, music, or a folder")
-    parser.add_argument("checkpoints", nargs="+", help="written by train.py")
-    parser.add_argument("--clips", type=int, default=32, help="clips from each checkpoint (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
     parser.add_argument("--temperature", nargs="+", type=pair, default=[(0.8, 0.8), (1, 1), (1, 0.5)], metavar="T:F",
                         help="of the coarse and of the finer codes (default: 0.8:0.8 1:1 1:0.5)")
     parser.add_argument("--top-p", type=float, help="as in sample.py (default: off)")
     parser.add_argument("--seeds", type=int, default=3, help="sets of clips, from seed 0 on (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="file to write (default: results/closeness-DATASET.json)")
-    args = parser.parse_args()
-
-    if min(args.clips, args.seeds) < 1 or not 2 * LAG < args.seconds * FRAME_RATE < 1e6:
-        parser.error("--clips and --seeds must be at least 1, --seconds more than a few frames")
+    args = parse_arguments(parser, "closeness")
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error("--top-p must be in (0, 1]")
-    out = args.out or Path(__file__).parent.parent / "results" / f"closeness-{label(args.dataset)}.json"
-    if out.is_dir() or not out.parent.is_dir():
-        parser.error(f"--out {out}: not a file in an existing folder")
     models, codec = load_all(args.checkpoints)
     train, val = recordings(args.dataset, args.seconds)
     if not (train and val):
@@ -149,9 +156,9 @@ def main():
                 compare(f"{name}, only the coarse code decoded", [codec.decode(codes[:, :1]) for codes, _ in sets],
                         n_codebooks=1, **facts)
     command = f"python notebooks/closeness.py {' '.join(sys.argv[1:])}"
-    write(out, {"command": command, "codec": codec.name, "codec_checksum": codec.checksum, "clips": args.clips,
-                "seconds": args.seconds, "seeds": args.seeds, "machine": machine(torch.get_num_threads()),
-                "torch": torch.__version__, "commit": made_by, "rows": rows})
+    write(args.out, {"command": command, "codec": codec.name, "codec_checksum": codec.checksum, "clips": args.clips,
+                     "seconds": args.seconds, "seeds": args.seeds, "machine": machine(torch.get_num_threads()),
+                     "torch": torch.__version__, "commit": made_by, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from closeness import LAG, load_all, recordings
+from closeness import LAG, load_all, parse_arguments, recordings
 from data import MEL_OPTIONS, DataError, prepare
-from experiments import RESULTS, commit, label, machine, write
+from experiments import commit, machine, write
 from mel import FRAME_RATE, HOP
 from model import CheckpointError
 from sample import generate
@@ -46,17 +46,7 @@ def longest_shared(clips, training):
 
 def main():
     parser = argparse.ArgumentParser(description="The longest runs of codes that generated and training clips share.")
-    parser.add_argument("dataset", help="what the checkpoints were trained on: speech, music, or a folder")
-    parser.add_argument("checkpoints", nargs="+", help="written by train.py")
-    parser.add_argument("--clips", type=int, default=32, help="clips from each checkpoint (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=10, help="length of every clip (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="file to write (default: results/copying-DATASET.json)")
-    args = parser.parse_args()
-    if args.clips < 1 or not 2 * LAG < args.seconds * FRAME_RATE < 1e6:
-        parser.error("--clips must be at least 1, --seconds more than a few frames")
-    out = args.out or RESULTS / f"copying-{label(args.dataset)}.json"
-    if out.is_dir() or not out.parent.is_dir():
-        parser.error(f"--out {out}: not a file in an existing folder")
+    args = parse_arguments(parser, "copying")
     models, codec = load_all(args.checkpoints)
     checkpoint = models[args.checkpoints[0]][2]               # any would do: the codes do not depend on the mel
     data = prepare(args.dataset, codec, **{name: checkpoint[name] for name in MEL_OPTIONS})
@@ -81,10 +71,10 @@ def main():
     for path, (model, _, _) in models.items():
         frames = generate(model, codec, n_frames, args.clips, generator=torch.Generator().manual_seed(0))
         compare(Path(path).stem, torch.cat([codes[:, 0] for codes, _ in frames], dim=1))         # (clips, n_frames)
-    write(out, {"command": f"python notebooks/copying.py {' '.join(sys.argv[1:])}", "codec": codec.name,
-                "codec_checksum": codec.checksum, "seconds": args.seconds, "seed": 0, "temperature": 1.0,
-                "machine": machine(torch.get_num_threads()), "torch": torch.__version__, "commit": made_by,
-                "rows": rows})
+    write(args.out, {"command": f"python notebooks/copying.py {' '.join(sys.argv[1:])}", "codec": codec.name,
+                     "codec_checksum": codec.checksum, "seconds": args.seconds, "seed": 0, "temperature": 1.0,
+                     "machine": machine(torch.get_num_threads()), "torch": torch.__version__, "commit": made_by,
+                     "rows": rows})
 
 
 if __name__ == "__main__":

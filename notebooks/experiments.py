@@ -182,9 +182,13 @@ def machine(threads=1, device="cpu"):
 
 
 def commit():
-    """The commit of the code as it is here, "-dirty" if no commit has it."""
+    """The commit of the code as it is here, "-dirty" if no commit has it; "unknown" without git or its folder."""
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py", "assets"))
+    try:
+        changed = "-dirty" if git("status", "--porcelain", "--", "*.py", "assets") else ""
+        return git("describe", "--always") + changed or "unknown"
+    except FileNotFoundError:
+        return "unknown"
 
 
 def label(dataset):
@@ -340,8 +344,9 @@ def choose_rates(questions, dataset, device, pool):
     """{model: its learning rate} for those that may choose one, by validation NLL on a dataset with seed 0."""
     tried = [(model, lr) for lr in PAPER_RATES for question in ("paper", "scale") if question in questions
              for model in EXPERIMENTS[question] if "-heard" not in model and "-late" not in model]
-    small = ["coarse", "coarse-gpt"] * bool({*questions} - {"paper", "scale"})
-    small += ["coarse-codes8", "coarse-both8"] * bool({"streams", "codes8", "double"} & {*questions})     # other inputs
+    small = ["coarse", "coarse-gpt"] if {*questions} - {"paper", "scale"} else []
+    if {*questions} & {"streams", "codes8", "double"}:        # other inputs
+        small += ["coarse-codes8", "coarse-both8"]
     tried += [(model, lr) for lr in LEARNING_RATES for model in small]
     found = list(pool.map(lambda pair: run(dataset, *pair, 0, device)["best"]["val_nll"], tried))
     nll = dict(zip(tried, found))

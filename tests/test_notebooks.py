@@ -217,6 +217,15 @@ def test_every_model_runs_at_the_learning_rate_that_was_best_for_its_kind(questi
                                   for m in (*best, *others))
 
 
+def test_the_commit_of_a_copy_without_git_or_of_a_machine_without_it_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setattr(experiments, "ROOT", tmp_path / "unpacked")
+    (tmp_path / "unpacked").mkdir()
+    assert experiments.commit() == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert experiments.commit() == "unknown"
+
+
 @pytest.mark.parametrize("folder, label", [("music", "music"), ("/nowhere", "nowhere"), ("/nowhere/c/", "nowhere-c"),
                                            ("/a/b/c/", "b-c"), ("~", "-".join(Path.home().resolve().parts[1:][-2:]))])
 def test_a_datasets_label_is_short_and_the_beginning_of_a_file_name(folder, label):

@@ -26,7 +26,6 @@ that is not scored. Inputs are one frame late: START, "nothing came before", sta
 To read first: `encode_files`, then `Dataset.batch` and `gather`. The rest splits, caches and resumes.
 """
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -50,7 +49,8 @@ ASSETS = Path(__file__).parent / "assets"
 MEL_OPTIONS = ("mel_codebooks", "latents", "lookahead", "window")      # those of `prepare` that choose the mel
 BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
-SIDES = {"train", "val", "valid", "validation", "dev", "test", "eval"}  # what the sides of a split are often called
+SIDES = {"train", "training", "val", "valid", "validation", "validate", "dev", "test", "testing", "eval", "evaluation",
+         "holdout", "heldout", "held-out", "held_out"}        # what the sides of a split are often called
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
 LONG = 60                            # seconds: on a CPU a longer file is encoded on its own; if all files together are
                                      # shorter, a single process encodes them
@@ -166,13 +166,16 @@ def find_audio(dataset, cache=CACHE):
     else:
         folder = BUNDLED.get(dataset, Path(os.path.expanduser(dataset)))
         tops = [folder]
-    if not (dataset and folder.is_dir()):                     # "": a shell variable that is not set
+    if not (dataset and os.path.isdir(folder)):               # "": a shell variable that is not set
         raise DataError(f"no dataset '{dataset}': use {', '.join([*BUNDLED, *CORPORA])}, or the path of a folder of "
                         "audio files")
     if Path(cache).resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{folder} contains this program's cache ({cache}): choose a folder of audio only")
-    names = sorted(path.relative_to(folder).as_posix() for top in tops for path in _files(top)
-                   if path.suffix.lower() in SUFFIXES and path.is_file())
+    try:
+        names = sorted(path.relative_to(folder).as_posix() for top in tops for path in _files(top)
+                       if path.suffix.lower() in SUFFIXES and path.is_file())
+    except PermissionError as error:                          # in a folder that may be listed but not entered
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     both = dataset not in CORPORA and (folder / "train").is_dir() and (folder / "val").is_dir()
     for side in ("train/", "val/") if both else ("",):
         if not any(name.startswith(side) for name in names):
@@ -197,9 +200,9 @@ def split_clips(names, dataset=None):
     """Which clips are for validation: a bool per name (relative path).
 
     With top-level folders train/ and val/, those in val/; DataError if there is something beside these two, or if a
-    split has other names, as nobody could tell which clip belongs to which side. Otherwise about a tenth, those whose
-    path's hash is low, so that adding a file moves no other. (In a small folder, where no hash is that low, the lowest
-    validates, until a file with a lower one comes.)
+    folder with the usual name of one side, test/ for example, stands beside something else, as nobody could tell which
+    clip belongs to which side. Otherwise about a tenth, those whose path's hash is low, so that adding a file moves no
+    other. (In a small folder, where no hash is that low, the lowest validates, until a file with a lower one comes.)
     A dataset of corpora.py has a split of its own, or groups of clips (of one speaker, say) that stay together.
     """
     corpus = CORPORA.get(dataset)
@@ -211,9 +214,10 @@ def split_clips(names, dataset=None):
             raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
         return [name.startswith("val/") for name in names]
     sides = sorted(top for top in tops if top.lower() in SIDES)
-    if len(sides) > 1:
-        raise DataError(f"the dataset holds {'/ and '.join(sides)}/: call the two sides of a split train/ and val/, "
-                        "and move others out")
+    if sides and len(tops) > 1:
+        others = sorted(tops - {sides[0]}, key=lambda top: (top not in sides, top))       # another side first
+        raise DataError(f"the dataset holds {sides[0]}/ beside {others[0]}: call the two sides of a split train/ and "
+                        "val/, and move others out")
     groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
     hashes = [int(hashlib.sha256(os.fsencode(group)).hexdigest()[:8], 16) / 2**32 for group in groups]
     threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))       # the lowest validates, the highest never does
@@ -310,11 +314,13 @@ def _encode(clips, folder, files, codec, made_with, title, quiet):
         n_workers, n_alone, side_by_side = 0, 0, 16
     batches = [[i] for i in todo[:n_alone]]
     batches += [todo[i:i + side_by_side] for i in range(n_alone, len(todo), side_by_side)]
-    encode = functools.partial(_encode_batch, clips, folder, files, codec, made_with)
-    # A pool of processes: the "data" are lists of file numbers, and collate_fn, which a worker calls, encodes them.
-    # Unlike those of multiprocessing.Pool, these end when the process that started them is killed
-    work = torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=encode, in_order=False,
-                                       num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0)
+    # A DataLoader as a pool of processes: unlike those of multiprocessing.Pool, they end when the process that started
+    # them is killed. What an `_Encoder` holds is sent when they start, and must fit into a pipe (64 KB): if one were
+    # spawned and failed at once, as without a main guard, sending more would never end. So names come with the batches
+    work = torch.utils.data.DataLoader(
+        _Encoder(clips, folder, codec, made_with), batch_size=None, in_order=False,
+        sampler=[[(i, files[i][0]) for i in batch] for batch in batches],
+        num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0)
     total, problems = sum(size for _, size, _ in files), {}
     with tqdm(total=total, initial=total - sum(files[i][1] for i in todo), unit="B", unit_scale=True, desc=title,
               disable=quiet) as bar:
@@ -329,19 +335,30 @@ def _encode(clips, folder, files, codec, made_with, title, quiet):
     return problems
 
 
-def _encode_batch(clips, folder, files, codec, made_with, batch):
-    """Encode the files whose numbers are in `batch` side by side; the frames of file I go into clips/I.clip as rows,
-    the codes and then the bits of the float16 mel.
+class _Encoder(torch.utils.data.Dataset):
+    """For a DataLoader: its items are not read but made, by `_encode_batch`."""
+
+    def __init__(self, *how):
+        self.how = how
+
+    def __getitem__(self, batch):
+        return _encode_batch(*self.how, batch)
+
+
+def _encode_batch(clips, folder, codec, made_with, batch):
+    """Encode the files in `batch`, (number, name) each, side by side; the frames of file I go into clips/I.clip as
+    rows, the codes and then the bits of the float16 mel.
     Returns {I: None, or why it cannot be used}. An OSError of the cache's disk is returned, too, not raised: a
     DataLoader would raise a copy of it without its errno.
     """
+    numbers, names = zip(*batch)
     # a name of its own for each process: one whose parent was killed may still be writing
-    parts, results = [clips / f"{i}.{os.getpid()}.part" for i in batch], {}
+    parts, results = [clips / f"{i}.{os.getpid()}.part" for i in numbers], {}
     mel_options = {name: made_with[name] for name in MEL_OPTIONS}
     try:
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
-            paths = [folder / files[i][0] for i in batch]
+            paths = [folder / name for name in names]
             for i, codes, mel, ended, problem in encode_files(paths, codec, **mel_options):
                 out[i].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
                 if ended:
@@ -351,8 +368,8 @@ def _encode_batch(clips, folder, files, codec, made_with, batch):
                     if problem:
                         parts[i].unlink()
                     else:
-                        os.replace(parts[i], clips / f"{batch[i]}.clip")
-                    results[batch[i]] = problem
+                        os.replace(parts[i], clips / f"{numbers[i]}.clip")
+                    results[numbers[i]] = problem
     except OSError as error:                                  # not of an unreadable file, which is a `problem`
         return error
     return results

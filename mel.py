@@ -56,7 +56,8 @@ def asymmetric_window(n_fft, rise, fall):
 
     Returns (n_fft,) float32. With rise = fall = n_fft / 2 it is the Hann window.
     """
-    return torch.cat([torch.zeros(n_fft - rise - fall), hann_window(2 * rise)[:rise], hann_window(2 * fall)[fall:]])
+    zeros = torch.zeros(n_fft - rise - fall, dtype=torch.float32)
+    return torch.cat([zeros, hann_window(2 * rise)[:rise], hann_window(2 * fall)[fall:]])
 
 
 def hz_to_mel(hz):
@@ -159,7 +160,8 @@ def _log_mel(segments, lookahead, window):
     """
     if lookahead < 0:
         segments = F.pad(segments[..., -lookahead:], (0, -lookahead))
-    return mel_power(segments.float(), window=window).clamp(min=FLOOR).log()
+    with torch.autocast(segments.device.type, enabled=False):                 # half precision would overflow
+        return mel_power(segments.float(), window=window).clamp(min=FLOOR).log()
 
 
 class StreamingLogMel:

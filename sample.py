@@ -37,7 +37,7 @@ from data import DataError, read_audio
 from mel import FRAME_RATE, HOP, SAMPLE_RATE, StreamingLogMel
 from model import START, CheckpointError, KVCache, load_checkpoint
 from tokens import CodecError
-from train import cannot_be_sampled, choose_device, its_codec
+from train import cannot_be_sampled, choose_device, its_codec, out_of_memory
 
 
 def load(path, device="cpu", codec=None, codec_dir=None):
@@ -199,6 +199,10 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except soundfile.SoundFileError as error:
         sys.exit(f"error: cannot write --out ({str(error).strip()}): is the disk full?")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit("error: out of memory: lower --num")
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:

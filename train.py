@@ -230,6 +230,11 @@ def parse_arguments():
     return args
 
 
+def out_of_memory(error):
+    """Is that what an exception means? For the CPU torch has no error of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def choose_device(name):
     """A torch.device by name, or the best there is; under torchrun each process gets a GPU of its own."""
     if name is None:
@@ -285,6 +290,27 @@ def configure_optimizer(model, args):
     embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
     return torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
                               {"params": embeddings, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
+def open_log(path, old_one):
+    """The log, to append to; old_one: it need not be empty. Exits if another training writes it, or began to meanwhile.
+    """
+    if not MASTER:
+        return open(os.devnull, "a")
+    try:
+        log = open(path, "a")
+    except OSError as error:
+        sys.exit(f"error: cannot write {path} ({error.strerror})")
+    with contextlib.suppress(ImportError):                    # Windows has no fcntl
+        import fcntl
+        try:
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):   # not that of a network disk without locks
+                sys.exit(f"error: another training is writing {path}: choose another --out")
+    if log.tell() and not old_one:
+        sys.exit(f"error: another training has written {path} meanwhile: choose another --out")
+    return log
 
 
 def load_interrupted(args, last, device):
@@ -409,7 +435,7 @@ def main():
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
     if not MASTER:
-        log_path, sys.stdout = Path(os.devnull), open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")
 
     # --- what the run is: from the command line, or from the checkpoint that is continued
     if args.resume:
@@ -427,6 +453,9 @@ def main():
     # one process prepares, the others wait for its lock
     data = prepare(args.dataset, codec, **mel_options)
     other_data = None if args.mix is None else prepare(args.dataset, codec, **other_mel)
+    args.dataset = data.meta["dataset"]                       # whole paths, to be found again from any folder
+    if args.codec not in ("mini", "encodec"):
+        args.codec = str(Path(args.codec).expanduser().resolve())
     unigram = data.unigram_nll() if MASTER else 0.0           # reads all codes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
@@ -434,6 +463,7 @@ def main():
     model.train()
     optimizer = configure_optimizer(model, args)
     step, tokens_seen, seconds, best, log_size = 0, 0, 0.0, math.inf, 0
+    log = open_log(log_path, args.resume or args.overwrite)
     if args.resume:
         if checkpoint["audio"] != data.fingerprint:
             raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now")
@@ -445,7 +475,6 @@ def main():
         model.set_mel_statistics(*data.mel_statistics)
         if MASTER:
             last.unlink(missing_ok=True)                      # --overwrite: the old run must not be resumed
-    log = open(log_path, "a")
     if MASTER:
         log.truncate(min(log.tell(), log_size))               # --resume repeats the steps that were logged after that
     compiled = device.type == "cuda" if args.compile is None else args.compile
@@ -575,8 +604,8 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
-    except (MemoryError, RuntimeError) as error:              # torch has an error of its own for GPUs only
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
         sys.exit("error: out of memory: raise --accumulate (also with --resume), or lower --context or --batch-size "
                  "(with --eval, only the latter)")

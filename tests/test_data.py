@@ -433,13 +433,16 @@ def test_a_preparation_that_is_killed_with_its_workers_at_work_blocks_nobody(tmp
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_script_that_lacks_a_main_guard_is_told_so(tmp_path, tiny_codec_file, method):
+def test_a_script_that_lacks_a_main_guard_is_told_so(tmp_path, method):
     """Where processes are not forked, each imports the script anew, and would wait for the lock of the one it helps."""
-    folder = clips(tmp_path / "in", n=4, seconds=16)
+    folder = clips(tmp_path / "in", n=1, seconds=1)
+    [clip] = folder.iterdir()
+    for i in range(150):                                      # more names than a pipe, 64 KB, can hold
+        shutil.copy(clip, folder / f"{i}{'x' * 240}.wav")
     (tmp_path / "script.py").write_text(
         f"import multiprocessing, sys; sys.path.insert(0, {str(data.ASSETS.parent)!r}); import data, tokens\n"
         f"multiprocessing.set_start_method({method!r}, force=True)\n"
-        f"data.prepare({str(folder)!r}, tokens.load_codec({str(tiny_codec_file)!r}), {str(tmp_path / 'cache')!r})\n")
+        f"data.prepare({str(folder)!r}, tokens.load_codec(), {str(tmp_path / 'cache')!r})\n")
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 1 and "call `prepare` under `if __name__" in done.stderr
 
@@ -806,12 +809,27 @@ def test_an_unclear_split_is_found_before_encoding(tmp_path, tiny_codec):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_folder_that_may_be_listed_but_not_entered_is_named(tmp_path):
+    folder = clips(tmp_path / "in")
+    refused = PermissionError(errno.EACCES, "Permission denied", str(folder / "a.wav"))       # root may enter any
+    with mock.patch.object(Path, "is_file", side_effect=refused):
+        with pytest.raises(DataError, match="a.wav: cannot be read"):
+            data.find_audio(str(folder), tmp_path / "cache")
+
+
 @pytest.mark.parametrize("name", ["validation", "dev", "Val"])
 def test_a_folder_that_is_almost_called_val_is_no_part_of_what_is_trained_on(name):
     for train in ("train", "Train"):
-        with pytest.raises(DataError, match=f"holds .*{name}/.*: call the two sides of a split train/ and val/"):
+        with pytest.raises(DataError, match=f"holds .*{name}.*: call the two sides of a split train/ and val/"):
             split_clips([f"{train}/a.wav", f"{name}/b.wav"])
-    assert len(split_clips(["trains/a.wav", f"{name}/b.wav", "c.wav"])) == 3      # nothing here says that it is a split
+
+
+@pytest.mark.parametrize("names", [["a.wav", "val/b.wav"], ["train/a.wav", "held-out/b.wav"],
+                                   ["Training/a.wav", "Testing/b.wav"], ["speaker/a.wav", "test/b.wav"]])
+def test_one_side_of_a_split_beside_something_else_is_refused(names):
+    with pytest.raises(DataError, match="call the two sides of a split train/ and val/"):
+        split_clips(names)
+    assert len(split_clips(["train/a.wav", "train/b.wav"])) == 2          # nothing but one side: it is divided
 
 
 def test_the_statistics_of_one_long_file_leave_out_what_validates(tmp_path, tiny_codec, monkeypatch):

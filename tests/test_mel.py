@@ -289,3 +289,19 @@ def test_streaming_for_an_hour_remembers_no_more_than_a_window():
 def test_streaming_keeps_to_its_window():
     wave = random_wave(10 * HOP)
     assert (StreamingLogMel(window=HANN).push(wave) - log_mel(wave, window=HANN)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inside_autocast_a_mel_is_the_same(dtype):
+    loud = torch.ones(24_000)                                 # in float16 its power would be infinite
+    with torch.autocast("cpu", dtype):
+        heard = log_mel(loud)
+    assert torch.equal(heard, log_mel(loud))
+
+
+def test_the_window_is_float32_whatever_the_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert asymmetric_window(1024, 480, 32).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -269,6 +269,13 @@ def test_an_error_in_the_very_last_write_is_noticed(run, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_too_little_memory_is_one_clear_line(run, tmp_path, error):
+    with mock.patch.object(HybridGPT, "backbone", side_effect=error):
+        assert_refused(run(), "out of memory", "--num")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_behind_standard_output_is_one_clear_line(ckpt, tmp_path):
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "0.4", "--device", "cpu", "--out", "-"],

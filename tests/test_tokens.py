@@ -495,3 +495,12 @@ def test_a_torchaudio_that_cannot_be_loaded_is_replaced_and_no_other(tmp_path, t
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(SPEECH.parent.parent)])})
     assert done.stdout.strip() == str(loads), done.stderr
+
+
+def test_inside_autocast_codes_and_sound_are_the_same(pair):
+    codec, _ = pair
+    wave = 0.1 * torch.randn(1, 24_000, generator=torch.Generator().manual_seed(0))
+    codes = codec.encode(wave)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, heard = codec.encode(wave), codec.decode(codes)
+    assert torch.equal(again, codes) and torch.equal(heard, codec.decode(codes))

@@ -60,12 +60,12 @@ def run(clips, tiny_codec_file, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def run(folder, *options, small=True):
-        if small:
-            options = ["--dataset", clips, "--codec", tiny_codec_file, "--steps", 4, "--eval-every", 2,
-                       "--context", 32, "--batch-size", 2, "--device", "cpu", "--model", "nano", *options]
+        options = [*run.options, *options] if small else options
         prepare = functools.partial(data.prepare, cache=cache, quiet=True)
         return run_script(folder, SCRIPT, *options, prepare=prepare)
     run.cache = cache
+    run.options = ["--dataset", clips, "--codec", tiny_codec_file, "--steps", 4, "--eval-every", 2, "--context", 32,
+                   "--batch-size", 2, "--device", "cpu", "--model", "nano"]
     return run
 
 
@@ -517,6 +517,40 @@ def test_a_mel_to_mix_in_that_cannot_be_had_is_refused_before_any_work(run, tmp_
 def test_too_little_memory_is_one_clear_line(run, tmp_path, error):
     with mock.patch.object(HybridGPT, "backbone", side_effect=error):
         assert_refused(run(tmp_path), "out of memory", "--accumulate")
+
+
+def test_what_another_training_writes_is_left_alone(run, tmp_path):
+    hold = "import fcntl; log = open('out.jsonl', 'a'); fcntl.lockf(log, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert_refused(run(tmp_path), "another training is writing out.jsonl", "--out")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl"]
+        other.communicate(b"\n")
+    prepare = functools.partial(data.prepare, cache=run.cache, quiet=True)
+
+    def meanwhile(*args, **options):
+        (tmp_path / "out.jsonl").write_text("{}\n")
+        return prepare(*args, **options)
+    begun = run_script(tmp_path, SCRIPT, *run.options, prepare=meanwhile)
+    assert_refused(begun, "another training has written out.jsonl meanwhile", "--out")
+    (tmp_path / "out.jsonl").unlink()
+    assert run(tmp_path).code == 0
+
+
+def test_a_log_that_cannot_be_written_costs_no_earlier_run(run, tmp_path):
+    (tmp_path / "out.last.pt").write_bytes(b"precious")
+    (tmp_path / "out.jsonl").mkdir()
+    assert_refused(run(tmp_path, "--overwrite"), "cannot write out.jsonl")
+    assert (tmp_path / "out.last.pt").exists()
+
+
+def test_a_checkpoint_names_dataset_and_codec_by_their_whole_paths(run, tmp_path, tiny_codec_file):
+    write_clips(tmp_path / "own", [0.9, 1.0])
+    shutil.copy(tiny_codec_file, tmp_path / "mine.pt")
+    assert run(tmp_path, "--dataset", "own", "--codec", "mine.pt").code == 0
+    _, checkpoint = load_checkpoint(tmp_path / "out.pt")
+    assert (checkpoint["dataset"], checkpoint["codec"]) == (str(tmp_path / "own"), str(tmp_path / "mine.pt"))
 
 
 def test_an_error_of_ours_is_not_blamed_on_the_memory(run, tmp_path):

@@ -30,6 +30,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -173,7 +174,8 @@ def find_audio(dataset, cache=CACHE):
         raise DataError(f"{folder} contains this program's cache ({cache}): choose a folder of audio only")
     try:
         names = sorted(path.relative_to(folder).as_posix() for top in tops for path in _files(top)
-                       if path.suffix.lower() in SUFFIXES and path.is_file())
+                       if path.suffix.lower() in SUFFIXES and path.is_file()
+                       and not path.name.startswith("._"))            # macOS's notes on a file of that name
     except PermissionError as error:                          # in a folder that may be listed but not entered
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     both = dataset not in CORPORA and (folder / "train").is_dir() and (folder / "val").is_dir()
@@ -315,8 +317,7 @@ def _encode(clips, folder, files, codec, made_with, title, quiet):
     batches = [[i] for i in todo[:n_alone]]
     batches += [todo[i:i + side_by_side] for i in range(n_alone, len(todo), side_by_side)]
     # A DataLoader as a pool of processes: unlike those of multiprocessing.Pool, they end when the process that started
-    # them is killed. What an `_Encoder` holds is sent when they start, and must fit into a pipe (64 KB): if one were
-    # spawned and failed at once, as without a main guard, sending more would never end. So names come with the batches
+    # them is killed
     work = torch.utils.data.DataLoader(
         _Encoder(clips, folder, codec, made_with), batch_size=None, in_order=False,
         sampler=[[(i, files[i][0]) for i in batch] for batch in batches],
@@ -343,6 +344,14 @@ class _Encoder(torch.utils.data.Dataset):
 
     def __getitem__(self, batch):
         return _encode_batch(*self.how, batch)
+
+    # To a process that is not forked it is sent through shared memory, as one tensor. More than a pipe can hold, 64 KB,
+    # would never be sent if that process failed at once, as it does without a main guard
+    def __getstate__(self):
+        return torch.frombuffer(bytearray(pickle.dumps(self.how)), dtype=torch.uint8)
+
+    def __setstate__(self, state):
+        self.how = pickle.loads(state.numpy().tobytes())
 
 
 def _encode_batch(clips, folder, codec, made_with, batch):

@@ -121,9 +121,9 @@ def exact(method):
     """A method of one tensor and more, without gradients and in float32, also inside torch.autocast: in half precision
     a tenth of all coarse codes would be others."""
     @functools.wraps(method)
-    def wrapped(self, x, *args):
+    def wrapped(self, x, *args, **options):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return method(self, x, *args)
+            return method(self, x, *args, **options)
     return wrapped
 
 

@@ -36,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from corpora import CORPORA, DISK_FULL
-from data import MEL_OPTIONS, DataError, check_mel, prepare
+from data import BUNDLED, MEL_OPTIONS, DataError, check_mel, prepare
 from mel import N_MELS, WINDOW, log_mel
 from model import (CODEBOOK_SIZE, IGNORE, PRESETS, CheckpointError, Config, HybridGPT,
                    load_checkpoint, save, to_checkpoint)
@@ -431,7 +431,8 @@ def main():
     if args.eval is not None:
         return score(args, device)
     if WORLD > 1:
-        dist.init_process_group(timeout=timedelta(days=1))    # NCCL for a GPU's tensors, gloo for the CPU's
+        # gloo for the CPU's tensors, NCCL for the GPU's
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
     if not MASTER:
@@ -453,9 +454,10 @@ def main():
     # one process prepares, the others wait for its lock
     data = prepare(args.dataset, codec, **mel_options)
     other_data = None if args.mix is None else prepare(args.dataset, codec, **other_mel)
-    args.dataset = data.meta["dataset"]                       # whole paths, to be found again from any folder
-    if args.codec not in ("mini", "encodec"):
-        args.codec = str(Path(args.codec).expanduser().resolve())
+    whole = lambda path: os.path.abspath(os.path.expanduser(path))            # to be found again from any folder
+    args.dataset = args.dataset if args.dataset in (*BUNDLED, *CORPORA) else whole(args.dataset)
+    args.codec = args.codec if args.codec in ("mini", "encodec") else whole(args.codec)
+    args.codec_dir = args.codec_dir and whole(args.codec_dir)
     unigram = data.unigram_nll() if MASTER else 0.0           # reads all codes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 

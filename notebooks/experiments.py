@@ -246,7 +246,8 @@ def run(dataset, model, lr, seed, device="cpu"):
     clips = {key: best.pop(key) for key in ("clip_nll", "clip_targets")}
     command = "python train.py " + " ".join(options).replace(place, dataset)
     content = {"command": command, "dataset": label(dataset), "model": model, "lr": lr, "seed": seed,
-               "codec": log[0]["codec"], "codec_checksum": log[0]["codec_checksum"],
+               "codec": options[options.index("--codec") + 1] if "--codec" in options else "mini",
+               "codec_checksum": log[0]["codec_checksum"],
                "best": best, "seconds": evaluations[-1]["seconds"],
                "curve": [[e["step"], round(e["val_nll"], 4)] for e in evaluations],
                "machine": machine(device=device), "dtype": log[0]["args"]["dtype"], "torch": log[0]["torch"],

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -28,6 +29,7 @@ import data
 from conftest import ending, wait_for
 from data import IGNORE, START, DataError, Dataset, prepare, read_audio, split_clips
 from mel import HANN, HOP, SAMPLE_RATE, log_mel
+from tokens import Codec, EncodecModel
 
 
 def noise(seconds, rate=SAMPLE_RATE, channels=1, seed=0):
@@ -807,6 +809,21 @@ def test_an_unclear_split_is_found_before_encoding(tmp_path, tiny_codec):
     with pytest.raises(DataError, match="beside train/ and val/ the dataset holds test"):
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_a_process_is_sent_fits_into_a_pipe(tmp_path):
+    codec = Codec(EncodecModel.encodec_model_24khz(pretrained=False), "large", "random")
+    encoder = data._Encoder(tmp_path / ("x" * 60_000), tmp_path, codec, {})
+    sent = ForkingPickler.dumps(encoder)
+    assert len(sent) < 10_000
+    again = ForkingPickler.loads(sent)
+    assert again.how[:2] == encoder.how[:2] and torch.equal(again.how[2].vectors, codec.vectors)
+
+
+def test_what_macos_notes_beside_a_file_is_no_audio(tmp_path):
+    folder = clips(tmp_path / "in" / "eval")
+    (folder.parent / "._eval.wav").write_bytes(b"notes")
+    assert all("._" not in name for name in data.find_audio(str(folder.parent), tmp_path / "cache")[1])
 
 
 def test_a_folder_that_may_be_listed_but_not_entered_is_named(tmp_path):

@@ -217,9 +217,9 @@ def split_clips(names, dataset=None):
         return [name.startswith("val/") for name in names]
     sides = sorted(top for top in tops if top.lower() in SIDES)
     if sides and len(tops) > 1:
-        others = sorted(tops - {sides[0]}, key=lambda top: (top not in sides, top))       # another side first
-        raise DataError(f"the dataset holds {sides[0]}/ beside {others[0]}: call the two sides of a split train/ and "
-                        "val/, and move others out")
+        other = min(tops - {sides[0]}, key=lambda top: (top not in sides, top))           # another side, if there is
+        raise DataError(f"the dataset holds {sides[0]}/ beside {other}: call the two sides of a split train/ and val/, "
+                        "and move others out")
     groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
     hashes = [int(hashlib.sha256(os.fsencode(group)).hexdigest()[:8], 16) / 2**32 for group in groups]
     threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))       # the lowest validates, the highest never does
@@ -318,10 +318,9 @@ def _encode(clips, folder, files, codec, made_with, title, quiet):
     batches += [todo[i:i + side_by_side] for i in range(n_alone, len(todo), side_by_side)]
     # A DataLoader as a pool of processes: unlike those of multiprocessing.Pool, they end when the process that started
     # them is killed
-    work = torch.utils.data.DataLoader(
-        _Encoder(clips, folder, codec, made_with), batch_size=None, in_order=False,
-        sampler=[[(i, files[i][0]) for i in batch] for batch in batches],
-        num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0)
+    work = torch.utils.data.DataLoader(_Encoder(clips, folder, files, codec, made_with), sampler=batches,
+                                       batch_size=None, in_order=False,
+                                       num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0)
     total, problems = sum(size for _, size, _ in files), {}
     with tqdm(total=total, initial=total - sum(files[i][1] for i in todo), unit="B", unit_scale=True, desc=title,
               disable=quiet) as bar:
@@ -354,20 +353,19 @@ class _Encoder(torch.utils.data.Dataset):
         self.how = pickle.loads(state.numpy().tobytes())
 
 
-def _encode_batch(clips, folder, codec, made_with, batch):
-    """Encode the files in `batch`, (number, name) each, side by side; the frames of file I go into clips/I.clip as
-    rows, the codes and then the bits of the float16 mel.
+def _encode_batch(clips, folder, files, codec, made_with, batch):
+    """Encode the files whose numbers are in `batch` side by side; the frames of file I go into clips/I.clip as rows,
+    the codes and then the bits of the float16 mel.
     Returns {I: None, or why it cannot be used}. An OSError of the cache's disk is returned, too, not raised: a
     DataLoader would raise a copy of it without its errno.
     """
-    numbers, names = zip(*batch)
     # a name of its own for each process: one whose parent was killed may still be writing
-    parts, results = [clips / f"{i}.{os.getpid()}.part" for i in numbers], {}
+    parts, results = [clips / f"{i}.{os.getpid()}.part" for i in batch], {}
     mel_options = {name: made_with[name] for name in MEL_OPTIONS}
     try:
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
-            paths = [folder / name for name in names]
+            paths = [folder / files[i][0] for i in batch]
             for i, codes, mel, ended, problem in encode_files(paths, codec, **mel_options):
                 out[i].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
                 if ended:
@@ -377,8 +375,8 @@ def _encode_batch(clips, folder, codec, made_with, batch):
                     if problem:
                         parts[i].unlink()
                     else:
-                        os.replace(parts[i], clips / f"{numbers[i]}.clip")
-                    results[numbers[i]] = problem
+                        os.replace(parts[i], clips / f"{batch[i]}.clip")
+                    results[batch[i]] = problem
     except OSError as error:                                  # not of an unreadable file, which is a `problem`
         return error
     return results

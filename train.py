@@ -46,6 +46,9 @@ from tokens import CodecError, load_codec
 # and each costs a softmax over 1024, too (Sesame's CSM takes a random sixteenth: compute amortisation)
 DEPTH_EVERY = 8
 
+# To the depth blocks each frame is a sequence of its own, and CUDA's fused attention takes no more at once
+MOST_FRAMES = 65_535
+
 # torchrun sets all three; a cluster's scheduler may set some of them for its own purposes
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if TORCHRUN else (0, 1)
@@ -64,8 +67,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     was_training = model.training
     model.eval()
     device, c = next(model.parameters()).device, model.config
-    # to the depth blocks each frame is a sequence of its own, and CUDA's fused attention takes at most 65,535 at once
-    batch_size = max(1, min(batch_size, 65_535 // c.context))
+    batch_size = max(1, min(batch_size, MOST_FRAMES // c.context))
     sums, counts = np.zeros(len(data.val)), np.diff(data.val)[:, 0]               # every frame is a target once
     correct, finer = 0, np.zeros(c.n_codebooks - 1)
     for codes, mel, targets, clip in data.validation(c.context, batch_size, c.n_used_codebooks):
@@ -97,7 +99,7 @@ def own_details(model, codec, codes, mel, targets):
     model.eval()                                                                  # no dropout, no mel_noise
     x, coarse = model.backbone(codes, mel).flatten(0, 1), targets[:, 0].clamp(min=0).flatten()        # (B * T, ...)
     draw = lambda logits: torch.multinomial(logits.softmax(-1), 1)[:, 0]
-    own = torch.cat([model.draw_finer(*part, draw) for part in zip(x.split(65_535), coarse.split(65_535))])   # as above
+    own = torch.cat([model.draw_finer(*part, draw) for part in zip(x.split(MOST_FRAMES), coarse.split(MOST_FRAMES))])
     model.train()
     wave = codec.decode(own.unflatten(0, mel.shape[:2]).mT)                       # (B, T * 320)
     return torch.cat([mel[:, :1], log_mel(wave)[:, :-1]], dim=1)                  # position p is shown frame p - 1
@@ -293,8 +295,7 @@ def configure_optimizer(model, args):
 
 
 def open_log(path, old_one):
-    """The log, to append to; old_one: it need not be empty. Exits if another training writes it, or began to meanwhile.
-    """
+    """The log, to append to; old_one: it need not be empty. Exits if another training writes it or has begun to."""
     if not MASTER:
         return open(os.devnull, "a")
     try:

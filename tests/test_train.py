@@ -479,6 +479,10 @@ def test_own_details_are_the_mel_of_the_right_coarse_codes_and_of_finer_ones_dra
     expected = log_mel(codec.decode((coarse + torch.arange(8)[:, None]) % 1024))
     assert own.shape == mel.shape and model.training and asked == 7 * [(False, (64, 1))]      # without dropout
     assert torch.allclose(own[:, 1:], expected[:, :-1], atol=1e-4) and torch.equal(own[:, 0].half(), mel[:, 0])
+    asked.clear()
+    with mock.patch.object(HybridGPT, "finer_logits", sure), mock.patch.object(train, "MOST_FRAMES", 48):
+        assert torch.equal(train.own_details(model, codec, codes, mel, targets), own)
+    assert [shape for _, shape in asked] == 7 * [(48, 1)] + 7 * [(16, 1)]         # no more at once
     drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)

@@ -23,7 +23,6 @@ import errno
 import gzip
 import hashlib
 import http.client
-import multiprocessing
 import os
 import shutil
 import stat
@@ -88,9 +87,6 @@ def locked(folder):
             try:                                              # lockf, not flock: children do not inherit it
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                # one of `prepare`'s own processes that, spawned instead of forked, imports the script which called it
-                if getattr(multiprocessing.current_process(), "_inheriting", False):
-                    raise DataError("in a script, call `prepare` under `if __name__ == '__main__':`") from None
                 print(f"waiting for another process to finish with {folder}", file=sys.stderr)
                 fcntl.lockf(file, fcntl.LOCK_EX)
             except OSError as error:                          # a network disk without locks

@@ -26,13 +26,14 @@ that is not scored. Inputs are one frame late: START, "nothing came before", sta
 To read first: `encode_files`, then `Dataset.batch` and `gather`. The rest splits, caches and resumes.
 """
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
-import pickle
 import shutil
 import sys
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +53,7 @@ BUNDLED = {"speech": ASSETS / "speech", "music": ASSETS / "music"}
 CACHE = Path(__file__).parent / "cache"
 SIDES = {"train", "training", "val", "valid", "validation", "validate", "dev", "test", "testing", "eval", "evaluation",
          "holdout", "heldout", "held-out", "held_out"}        # what the sides of a split are often called
+File = namedtuple("File", "name size time")                    # its path below the dataset's folder, bytes, nanoseconds
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
 LONG = 60                            # seconds: on a CPU a longer file is encoded on its own; if all files together are
                                      # shorter, a single process encodes them
@@ -201,11 +203,10 @@ def _files(top):
 def split_clips(names, dataset=None):
     """Which clips are for validation: a bool per name (relative path).
 
-    With top-level folders train/ and val/, those in val/; DataError if there is something beside these two, or if a
-    folder with the usual name of one side, test/ for example, stands beside something else, as nobody could tell which
-    clip belongs to which side. Otherwise about a tenth, those whose path's hash is low, so that adding a file moves no
-    other. (In a small folder, where no hash is that low, the lowest validates, until a file with a lower one comes.)
-    A dataset of corpora.py has a split of its own, or groups of clips (of one speaker, say) that stay together.
+    Top-level folders train/ and val/ decide, if both are there. DataError if anything stands beside them, or if a folder
+    with another usual name of one side, test/ for example, stands beside something else. Otherwise about a tenth
+    validates, the clips whose path's hash is low, so that adding a file moves no other (in a small folder at least the
+    lowest, until a lower one comes). A dataset of corpora.py has a split, or groups (a speaker's clips) that stay whole.
     """
     corpus = CORPORA.get(dataset)
     if corpus and corpus.val:
@@ -245,15 +246,14 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     dataset: `speech`, `music`, a name of corpora.py or a folder, searched recursively. mel_codebooks, latents,
     lookahead, window: as in `encode_files`. Returns a `Dataset`. It is kept in `cache/`, under a key made of everything
     that its content depends on: files (path, size, time), codec and its checksum, mel settings. Files that cannot be
-    used are skipped and named in one line. As it may start processes, a script calls it under `if __name__ == ...`.
-    Raises DataError if there is no such dataset, nothing in it can be used, the mel cannot be made, or the disk is full
-    or not writable.
+    used are skipped and named in one line. Raises DataError if there is no such dataset, nothing in it can be used, the
+    mel cannot be made, or the disk is full or not writable.
     """
     check_mel(codec, mel_codebooks, latents, lookahead, window)
     folder, names = find_audio(dataset, cache)
     split_clips(names, dataset)                               # an unclear split is found now, not after encoding
     stats = [(folder / name).stat() for name in names]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]
+    files = [File(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]
     made_with = {"format": 2, "codec": codec.name, "codec_checksum": codec.checksum, "n_codebooks": codec.n_codebooks,
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "mel_floor": FLOOR,
                  "n_mels": codec.vectors.shape[-1] if latents else N_MELS, "latents": latents,
@@ -284,7 +284,7 @@ def _make(home, dataset, folder, files, codec, made_with, quiet):
     title = f"preparing {Path(dataset).name} with {codec.name}"
     problems = _encode(unfinished / "clips", folder, files, codec, made_with, title, quiet)
     try:
-        _join(unfinished, dataset, [name for name, _, _ in files], made_with, problems)
+        _join(unfinished, dataset, [file.name for file in files], made_with, problems)
     except DataError:
         shutil.rmtree(unfinished)                             # nothing in it is worth keeping
         raise
@@ -300,57 +300,45 @@ def _encode(clips, folder, files, codec, made_with, title, quiet):
     """Encode every file I that has no clips/I.clip yet -> {I: why it cannot be used}."""
     for part in clips.glob("*.part"):
         part.unlink(missing_ok=True)
-    todo, seconds = [i for i in range(len(files)) if not (clips / f"{i}.clip").exists()], {}
-    for i in todo:
-        try:
-            seconds[i] = soundfile.info(folder / files[i][0]).duration
-        except (soundfile.SoundFileError, OSError, ValueError, ZeroDivisionError):
-            seconds[i] = 0.0                                  # reading it will tell what is wrong
-    todo.sort(key=seconds.get, reverse=True)                  # similar lengths together, as padding is wasted work
-    if codec.device.type == "cpu":                            # a process for each core, if there is enough to share
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        n_workers = cores if sum(seconds.values()) >= LONG else 0
-        n_alone = sum(length > LONG for length in seconds.values())
-        side_by_side = max(1, min(8, len(todo) // max(1, n_workers)))
-    else:                                                     # a GPU: 16 files at once, in this process
-        n_workers, n_alone, side_by_side = 0, 0, 16
-    batches = [[i] for i in todo[:n_alone]]
-    batches += [todo[i:i + side_by_side] for i in range(n_alone, len(todo), side_by_side)]
+    todo = [i for i in range(len(files)) if not (clips / f"{i}.clip").exists()]
+    batches, n_workers = _divide(todo, folder, files, codec.device)
     # A DataLoader as a pool of processes: unlike those of multiprocessing.Pool, they end when the process that started
     # them is killed
-    work = torch.utils.data.DataLoader(_Encoder(clips, folder, files, codec, made_with), sampler=batches,
-                                       batch_size=None, in_order=False,
-                                       num_workers=min(n_workers, len(batches)) if len(batches) > 1 else 0)
-    total, problems = sum(size for _, size, _ in files), {}
-    with tqdm(total=total, initial=total - sum(files[i][1] for i in todo), unit="B", unit_scale=True, desc=title,
+    work = torch.utils.data.DataLoader(
+        batches, collate_fn=functools.partial(_encode_batch, clips, folder, files, codec, made_with), batch_size=None,
+        in_order=False, num_workers=n_workers, multiprocessing_context="fork" if n_workers else None)
+    total, problems = sum(file.size for file in files), {}
+    with tqdm(total=total, initial=total - sum(files[i].size for i in todo), unit="B", unit_scale=True, desc=title,
               disable=quiet) as bar:
         for results in work:
             if isinstance(results, OSError):
                 raise results                                 # here, where `disk_errors` sees it
             problems |= {i: problem for i, problem in results.items() if problem}
-            bar.update(sum(files[i][1] for i in results))
+            bar.update(sum(files[i].size for i in results))
     if problems:
         print(f"skipped {len(problems)} of {len(files)} files: "
-              + "; ".join(f"{files[i][0]}: {problem}" for i, problem in sorted(problems.items())), file=sys.stderr)
+              + "; ".join(f"{files[i].name}: {problem}" for i, problem in sorted(problems.items())), file=sys.stderr)
     return problems
 
 
-class _Encoder(torch.utils.data.Dataset):
-    """For a DataLoader: its items are not read but made, by `_encode_batch`."""
-
-    def __init__(self, *how):
-        self.how = how
-
-    def __getitem__(self, batch):
-        return _encode_batch(*self.how, batch)
-
-    # To a process that is not forked it is sent through shared memory, as one tensor. More than a pipe can hold, 64 KB,
-    # would never be sent if that process failed at once, as it does without a main guard
-    def __getstate__(self):
-        return torch.frombuffer(bytearray(pickle.dumps(self.how)), dtype=torch.uint8)
-
-    def __setstate__(self, state):
-        self.how = pickle.loads(state.numpy().tobytes())
+def _divide(todo, folder, files, device):
+    """Which files are encoded side by side: (lists of their numbers, how many processes to start for that)."""
+    seconds = {}
+    for i in todo:
+        try:
+            seconds[i] = soundfile.info(folder / files[i].name).duration
+        except (soundfile.SoundFileError, OSError, ValueError, ZeroDivisionError):
+            seconds[i] = 0.0                                  # reading it will tell what is wrong
+    todo = sorted(todo, key=seconds.get, reverse=True)        # similar lengths together, as padding is wasted work
+    if device.type != "cpu":                                  # a GPU: 16 files at once, in this process
+        return [todo[i:i + 16] for i in range(0, len(todo), 16)], 0
+    # a process for each core, if there is enough to share; none on macOS and Windows, where forking is not safe
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    n_workers = cores if sum(seconds.values()) >= LONG else 0
+    n_alone = sum(length > LONG for length in seconds.values())
+    n = max(1, min(8, len(todo) // max(1, n_workers)))
+    batches = [[i] for i in todo[:n_alone]] + [todo[i:i + n] for i in range(n_alone, len(todo), n)]
+    return batches, min(n_workers, len(batches)) if len(batches) > 1 else 0
 
 
 def _encode_batch(clips, folder, files, codec, made_with, batch):
@@ -365,7 +353,7 @@ def _encode_batch(clips, folder, files, codec, made_with, batch):
     try:
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
-            paths = [folder / files[i][0] for i in batch]
+            paths = [folder / files[i].name for i in batch]
             for i, codes, mel, ended, problem in encode_files(paths, codec, **mel_options):
                 out[i].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
                 if ended:
@@ -384,9 +372,9 @@ def _encode_batch(clips, folder, files, codec, made_with, batch):
 
 def _join(unfinished, dataset, names, made_with, problems):
     """The encoded clips one after the other: codes.npy, mel.npy, clips.npy, mel_statistics.npz and meta.json."""
-    name, usable = Path(dataset).name, [i for i in range(len(names)) if i not in problems]
+    usable = [i for i in range(len(names)) if i not in problems]
     if not usable:
-        raise DataError(f"nothing usable in dataset '{name}': all {len(names)} files were skipped")
+        raise DataError(f"nothing usable in dataset '{dataset}': all {len(names)} files were skipped")
     K, n_mels = made_with["n_codebooks"], made_with["n_mels"]
     paths, width = [unfinished / "clips" / f"{i}.clip" for i in usable], K + n_mels       # numbers a row, 2 bytes each
     lengths = [path.stat().st_size // (2 * width) for path in paths]                      # in frames
@@ -398,14 +386,14 @@ def _join(unfinished, dataset, names, made_with, problems):
         is_val = split_clips(used, dataset)
     else:
         if n_frames < 10:
-            raise DataError(f"dataset '{name}' holds {n_frames} frames in one file: too few to train and validate on")
-        print(f"warning: {used[0]} is the only usable file of '{name}': its last 10 % validate", file=sys.stderr)
+            raise DataError(f"dataset '{dataset}' holds {n_frames} frames in one file: too few to be divided")
+        print(f"warning: {used[0]} is the only usable file of '{dataset}': its last 10 % validate", file=sys.stderr)
         cut = n_frames - n_frames // 10
         clips, used, is_val = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True]
     # how many frames of each file train; of a lone one, cut in two above, only the first part (where `zip` below ends)
     train_frames = [0 if val else end - start for (start, end), val in zip(clips.tolist(), is_val)]
     if all(is_val) or not any(is_val):
-        raise DataError(f"nothing usable in dataset '{name}' is left to {'train' if all(is_val) else 'validate'} on")
+        raise DataError(f"nothing usable in dataset '{dataset}' is left to {'train' if all(is_val) else 'validate'} on")
     n_train, total, products = sum(train_frames), np.zeros(n_mels), np.zeros((n_mels, n_mels))
     # written, not mapped: on a full disk a write raises OSError, whereas a mapped page would kill the process
     with open(unfinished / "codes.npy", "wb") as codes, open(unfinished / "mel.npy", "wb") as mels:

@@ -278,9 +278,7 @@ def load_codec(name="mini", device="cpu", folder=None):
     if folder:
         raise CodecError(f"a folder of weights goes with codec encodec, not with '{name}'")
     path = MINI if name == "mini" else Path(name).expanduser()
-    if name == "mini" and not path.is_file():
-        raise CodecError(f"the bundled codec {path} is missing: restore it with `git checkout assets/mini.pt`")
-    if not path.is_file():
+    if name != "mini" and not path.is_file():
         raise CodecError(f"no codec '{name}': use mini, encodec, or a file written by assets/train_codec.py")
     checksum = _sha256(path)
     if name == "mini" and checksum != MINI_SHA256:

@@ -6,9 +6,7 @@ train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
     python train.py --dataset ~/recordings --out mine.pt    your own folder of audio
     python train.py --resume                                go on after an interruption, from out.last.pt
     python train.py --eval out.pt                           score a checkpoint, train nothing
-    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs; the same losses up to
-                                                            rounding if nothing is random (dropout, mel_noise, own
-                                                            details)
+    torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs
 
 Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
 that was printed, and each clip's NLL. Every evaluation goes over the whole validation split in fixed order, so they can
@@ -105,6 +103,15 @@ def own_details(model, codec, codes, mel, targets):
     return torch.cat([mel[:, :1], log_mel(wave)[:, :-1]], dim=1)                  # position p is shown frame p - 1
 
 
+def get_batch(data, others, args, n_codebooks, step):
+    """codes, mel, targets. They depend on step and options only: a resumed run equals an uninterrupted one."""
+    which = args.seed, step, args.batch_size, args.context, args.stretch, n_codebooks
+    codes, mel, targets = data.batch(*which)
+    for other in others:                                      # --mix: the same crops, every other one with its mel
+        mel[step % 2::2] = other.batch(*which)[1][step % 2::2]
+    return codes, mel, targets
+
+
 def count_targets(targets, depth_frames):
     """How many frames of targets (B, K, T) are scored for the coarse code, and how many for the finer ones: (2,)."""
     scored = targets[:, 0] != IGNORE
@@ -180,9 +187,9 @@ def parse_arguments():
         "rows empty (default: one crop)")
     add("--accumulate", type=int, default=1, metavar="N",
         help="split each batch into N parts, to save memory (default: %(default)s)")
-    add("--lr", type=float, help="highest learning rate, at the end of the warm-up; then cosine decay to a tenth "
-        "(default: 1.2e-2 for the nano models, the best of four at 300 steps, though 6e-3 is better at 2,400; 1e-3, "
-        "meant for long runs, for larger ones, though in 400 steps 3e-3 to 6e-3 were best)")
+    add("--lr", type=float, help="highest learning rate, after the warm-up; then cosine decay to a tenth (default: "
+        "1.2e-2 for the nano models, 1e-3 for larger ones; best were, for nano, 1.2e-2 in 300 steps and 6e-3 in 2,400, "
+        "for larger ones 3e-3 to 6e-3 in 400)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--clip", type=float, default=1.0, help="clip the gradient to this norm (default: %(default)s)")
@@ -217,10 +224,8 @@ def parse_arguments():
     args.set = fields
     if not ((args.lr is None or 0 < args.lr < math.inf) and args.clip > 0 and 0 <= args.dropout < 1):
         parser.error("--lr and --clip must be above 0, --dropout at least 0 and below 1")
-    out = Path(args.out)
-    if args.eval is None and (not args.out.endswith(".pt") or out.is_dir() or not out.parent.is_dir()
-                              or not os.access(out.parent, os.W_OK)):
-        parser.error(f"cannot write --out {out}: it must be a .pt file in an existing, writable folder")
+    if args.eval is None and (not args.out.endswith(".pt") or Path(args.out).is_dir()):
+        parser.error(f"--out {args.out}: it must be a .pt file")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
     # Which options were given? Parse once more, into a namespace in which every option is None already: argparse sets
@@ -244,9 +249,7 @@ def choose_device(name):
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        if torch.device(name).type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("not cuda, mps or cpu")
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()
         if name.startswith("cuda:"):
             torch.cuda.set_device(name)
     except (RuntimeError, AssertionError) as error:
@@ -256,12 +259,8 @@ def choose_device(name):
 
 # ----------------------------------------------------------------------------- a run, new or interrupted
 
-def fill_defaults(args, files):
-    """Fill in the defaults that depend on other options; refuse to overwrite an earlier run unasked."""
-    for path in files:
-        if path.exists() and path.stat().st_size and not args.overwrite:
-            sys.exit(f"error: {path} exists: choose another --out, continue it with --resume, or discard it "
-                     "with --overwrite")
+def fill_defaults(args):
+    """Fill in the defaults that depend on other options."""
     if args.codec is None:
         args.codec = "encodec" if args.dataset in CORPORA else "mini"
     args.lr = args.lr or (1.2e-2 if args.model.startswith("nano") else 1e-3)
@@ -284,34 +283,6 @@ def new_model(args, codec):
         return HybridGPT(config)
     except ValueError as error:
         sys.exit(f"error: --set: {error}")
-
-
-def configure_optimizer(model, args):
-    """AdamW. Embeddings do not decay: every step would shrink the rows of rare codes, and few steps train them."""
-    decayed = [p for name, p in model.named_parameters() if "embedding" not in name]
-    embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
-    return torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
-                              {"params": embeddings, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95), fused=True)
-
-
-def open_log(path, old_one):
-    """The log, to append to; old_one: it need not be empty. Exits if another training writes it or has begun to."""
-    if not MASTER:
-        return open(os.devnull, "a")
-    try:
-        log = open(path, "a")
-    except OSError as error:
-        sys.exit(f"error: cannot write {path} ({error.strerror})")
-    with contextlib.suppress(ImportError):                    # Windows has no fcntl
-        import fcntl
-        try:
-            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):   # not that of a network disk without locks
-                sys.exit(f"error: another training is writing {path}: choose another --out")
-    if log.tell() and not old_one:
-        sys.exit(f"error: another training has written {path} meanwhile: choose another --out")
-    return log
 
 
 def load_interrupted(args, last, device):
@@ -368,18 +339,46 @@ def check_options(args, config):
                  "of just as many, without --mix, --latents, --lookahead or --window")
 
 
+def open_log(args, out, last, path):
+    """The log, to append to. Exits if there is an earlier run, unless told what to do with it, or if one goes on."""
+    if not MASTER:
+        return open(os.devnull, "a")
+    for file in (out, last, path):
+        if file.exists() and file.stat().st_size and not (args.resume or args.overwrite):
+            sys.exit(f"error: {file} exists: choose another --out, continue it with --resume, or discard it with "
+                     "--overwrite")
+    try:
+        log = open(path, "a")
+    except OSError as error:
+        sys.exit(f"error: cannot write {path} beside --out {out} ({error.strerror})")
+    with contextlib.suppress(ImportError):                    # Windows has no fcntl
+        import fcntl
+        try:
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):   # not that of a network disk without locks
+                sys.exit(f"error: another training is writing {path}: choose another --out")
+    return log
+
+
+def configure_optimizer(model, args):
+    """AdamW. Embeddings do not decay: every step would shrink the rows of rare codes, and few steps train them."""
+    decayed = [p for name, p in model.named_parameters() if "embedding" not in name]
+    embeddings = [p for name, p in model.named_parameters() if "embedding" in name]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay},
+                              {"params": embeddings, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
 def score(args, device):
     """--eval: print a checkpoint's validation figures in one line of JSON."""
-    if WORLD > 1:
-        sys.exit("error: --eval runs in one process: start it without torchrun")
     model, checkpoint = load_checkpoint(args.eval, device)
     shown = {name: getattr(args, name) if name in args.given else checkpoint[name] for name in SHOWN}
     codec = its_codec(checkpoint, args.eval, device, shown["codec"], args.codec_dir)
     data = prepare(shown["dataset"], codec, **{name: shown[name] for name in MEL_OPTIONS})
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     figures = evaluate(model, data, args.batch_size, autocast)
-    print(json.dumps({"checkpoint": args.eval, **shown, "codec": codec.name, "unigram_nll": data.unigram_nll(),
-                      "n_params": model.n_params(), **figures}))
+    say(json.dumps({"checkpoint": args.eval, **shown, "codec": codec.name, "unigram_nll": data.unigram_nll(),
+                    "n_params": model.n_params(), **figures}))
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -410,13 +409,13 @@ def signal_received():
 
 
 def say(text):
-    """Print; if the terminal is gone, stop as for SIGHUP, which may follow."""
+    """Print; if the terminal is gone, or a pipe's reader, as in `train.py | head`, stop as for SIGHUP."""
     try:
         print(text, flush=True)
     except OSError as error:
-        if error.errno != errno.EIO:
+        if error.errno not in (errno.EIO, errno.EPIPE):
             raise
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = sys.stderr if error.errno == errno.EPIPE else open(os.devnull, "w")
         stop_soon(signal.SIGHUP)
 
 
@@ -444,17 +443,16 @@ def main():
         model, checkpoint = load_interrupted(args, last, device)
         codec = its_codec(checkpoint, last, device, args.codec, args.codec_dir)
     else:
-        fill_defaults(args, (out, last, log_path))
+        fill_defaults(args)
         codec = load_codec(args.codec, device, args.codec_dir)
         model = new_model(args, codec).to(device)
     check_options(args, model.config)
-    mel_options = {name: getattr(args, name) for name in MEL_OPTIONS}
-    other_mel = {**mel_options, "mel_codebooks": args.mix}
-    if args.mix is not None:                                  # found now, not after an hour of encoding
-        check_mel(codec, **other_mel)
-    # one process prepares, the others wait for its lock
-    data = prepare(args.dataset, codec, **mel_options)
-    other_data = None if args.mix is None else prepare(args.dataset, codec, **other_mel)
+    log = open_log(args, out, last, log_path)
+    kinds = [{name: getattr(args, name) for name in MEL_OPTIONS}]                 # of mel: one, or two with --mix
+    if args.mix is not None:
+        kinds.append({**kinds[0], "mel_codebooks": args.mix})
+        check_mel(codec, **kinds[1])                          # now, not after an hour of encoding the first
+    data, *others = (prepare(args.dataset, codec, **kind) for kind in kinds)      # processes take turns by its lock
     whole = lambda path: os.path.abspath(os.path.expanduser(path))            # to be found again from any folder
     args.dataset = args.dataset if args.dataset in (*BUNDLED, *CORPORA) else whole(args.dataset)
     args.codec = args.codec if args.codec in ("mini", "encodec") else whole(args.codec)
@@ -466,7 +464,6 @@ def main():
     model.train()
     optimizer = configure_optimizer(model, args)
     step, tokens_seen, seconds, best, log_size = 0, 0, 0.0, math.inf, 0
-    log = open_log(log_path, args.resume or args.overwrite)
     if args.resume:
         if checkpoint["audio"] != data.fingerprint:
             raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now")
@@ -489,24 +486,16 @@ def main():
         print(json.dumps(figures), file=log, flush=True)
 
     def diverged(what):
-        sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; "
-                 + (f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet")
-                 + "; start anew with a lower --lr (and --overwrite)")
-
-    def get_batch(step):
-        """codes, mel, targets. They depend on step and options only: a resumed run equals an uninterrupted one."""
-        which = args.seed, step, args.batch_size, context, args.stretch, model.config.n_used_codebooks
-        codes, mel, targets = data.batch(*which)
-        if other_data:                                        # the same crops, every other one with the other mel
-            mel[step % 2::2] = other_data.batch(*which)[1][step % 2::2]
-        return codes, mel, targets
+        kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+        sys.exit(f"error: {what} is no longer finite at step {step}, learning rate {lr:.2e}; {kept}; start anew "
+                 "with a lower --lr (and --overwrite)")
 
     n_params, context = model.n_params(), args.context
-    print(f"{args.model}: {n_params / 1e6:.2f} M parameters, context {context}, on {device} in {args.dtype}")
-    print(f"{args.dataset}: {data.meta['train_frames']:,} frames to train on, {data.meta['val_frames']:,} to "
-          f"validate, codec {codec.name}; {args.batch_size * context:,} targets a step at most")
-    print(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
-          f"each code occurs {unigram:.3f}")
+    say(f"{args.model}: {n_params / 1e6:.2f} M parameters, context {context}, on {device} in {args.dtype}")
+    say(f"{args.dataset}: {data.meta['train_frames']:,} frames to train on, {data.meta['val_frames']:,} to "
+        f"validate, codec {codec.name}; {args.batch_size * context:,} targets a step at most")
+    say(f"a model that knows nothing scores {math.log(CODEBOOK_SIZE):.3f} nats, one that knows only how often "
+        f"each code occurs {unigram:.3f}")
     facts = {"preset": args.model, **{name: getattr(args, name) for name in SHOWN}, "mix": args.mix,
              "codec_checksum": codec.checksum, "data_key": data.key, "audio": data.fingerprint}
     options = {k: v for k, v in vars(args).items() if k not in THIS_CALL}
@@ -519,8 +508,8 @@ def main():
     start, tokens_logged, time_logged = time.perf_counter() - seconds, tokens_seen, time.perf_counter()
     lr, grad_norm = 0.0, torch.zeros(())                      # for `diverged`, before the first step
     while True:
-        # Only here, between two steps, is a run evaluated, saved and ended. What is saved, `best` aside, is the state
-        # *before* this evaluation: --resume repeats it, so it cuts the log off where that ends now (log_size)
+        # A run is evaluated, saved and ended only here, between two steps. Apart from `best`, what is saved is the
+        # state before this evaluation: --resume cuts the log back to log_size and evaluates again
         seconds, log_size = time.perf_counter() - start, log.tell()
         stop = signal_received()
         due = not stop and (step % args.eval_every == 0 or step == args.steps)    # if stopped, --resume will evaluate
@@ -556,7 +545,7 @@ def main():
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = get_batch(step)
+        batch = get_batch(data, others, args, model.config.n_used_codebooks, step)
         # dropout, too, depends on options, step and process only
         torch.manual_seed(int(np.random.default_rng((args.seed, step, RANK)).integers(2**63)))
         # the offset changes from step to step: if it were fixed, most frames near a clip's start, where many crops
@@ -592,11 +581,11 @@ def main():
             write_log({"step": step, "loss": loss_value, "lr": lr, "tokens_per_second": round(rate)})
             say(f"step {step:5d}  loss {loss_value:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s")
 
-    print(f"best validation NLL {best:.4f} nats ({abs(unigram - best):.4f} {'below' if best < unigram else 'above'} "
-          f"the unigram figure) in {out}"
-          + ("" if cannot_be_sampled(model.config, facts)
-             else f"; hear it with: python sample.py --ckpt {shlex.quote(str(out))}"
-             + (f" --codec-dir {shlex.quote(args.codec_dir)}" if args.codec_dir else "")))
+    say(f"best validation NLL {best:.4f} nats ({abs(unigram - best):.4f} {'below' if best < unigram else 'above'} "
+        f"the unigram figure) in {out}")
+    if not cannot_be_sampled(model.config, facts):
+        say(f"hear it with: python sample.py --ckpt {shlex.quote(str(out))}"
+            + (f" --codec-dir {shlex.quote(args.codec_dir)}" if args.codec_dir else ""))
     if WORLD > 1:
         dist.destroy_process_group()
 
@@ -612,11 +601,6 @@ if __name__ == "__main__":
             raise
         sys.exit("error: out of memory: raise --accumulate (also with --resume), or lower --context or --batch-size "
                  "(with --eval, only the latter)")
-    except BrokenPipeError:                                   # as in `python train.py | head`
-        # at exit Python flushes stdout once more: into nothing, or that would fail, too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit("error: nobody reads the output any more; continue with --resume, or start anew with --overwrite if "
-                 "there is no checkpoint yet")
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -175,10 +175,10 @@ def nearest(x, codebook):
     return (codebook.square().sum(1) - 2 * x @ codebook.T).argmin(1)      # |x|^2 is the same for every candidate
 
 
-def described(rest, k, first):
-    """What codebook k is fitted to, of rest (rows, C): for the first only the latents `first`, the envelope. So its
+def described(rest, k, part):
+    """What codebook k is fitted to, of rest (rows, C): for the first only the latents `part`, the envelope. So its
     vectors differ in nothing else. Otherwise the waveform, loud and hard to predict, would use up its ten bits."""
-    return F.pad(rest[:, first], (first.start, rest.shape[1] - first.stop)) if k == 0 else rest
+    return F.pad(rest[:, part], (part.start, rest.shape[1] - part.stop)) if k == 0 else rest
 
 
 def count_latents(counts):
@@ -190,11 +190,11 @@ def count_latents(counts):
 
 
 @torch.no_grad()
-def fit_codebooks(quantizer, latents, first, rounds=20):
-    """K-means, codebook by codebook, each on what those before left over: latents (rows, C); first: see `described`."""
+def fit_codebooks(quantizer, latents, part, rounds=20):
+    """K-means, codebook by codebook, each on what those before left over: latents (rows, C); part: see `described`."""
     residual = latents
     for k, layer in enumerate(quantizer.vq.layers):
-        book, target = layer._codebook, described(residual, k, first)
+        book, target = layer._codebook, described(residual, k, part)
         book.embed.copy_(target[torch.randperm(len(target))[:CODEBOOK_SIZE]])
         for _ in range(rounds):
             index = nearest(target, book.embed)
@@ -414,7 +414,7 @@ def export(model, path):
     print(f'wrote {path}, MINI_SHA256 = "{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"')
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(usage="%(prog)s [options]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -429,15 +429,20 @@ def main():
     add("--out", default="out-codec.pt")
     add("--resume", action="store_true", help="go on from OUT.last, written every two minutes, with its options")
     args = parser.parse_args()
-    last = Path(f"{args.out}.last")
     if min(args.steps, args.batch_size) < 1 or args.frames < 29:              # 29: one segment of `words_loss`
         parser.error("--steps and --batch-size must be at least 1, --frames 29")
-    if Path(args.out).is_dir() or not last.parent.is_dir():
+    if Path(args.out).is_dir() or not Path(args.out).parent.is_dir():
         parser.error(f"--out {args.out}: not a file in an existing folder")
-    for path, going_on in ((last, "continue it with --resume, "), (Path(args.out), "")):
-        if path.exists() and not args.resume:
-            sys.exit(f"error: {path} exists: {going_on}delete it, or choose another --out")
     choose_device(args.device)                                # exits in one line if it cannot be used
+    return args
+
+
+def main():
+    args = parse_arguments()
+    last = Path(f"{args.out}.last")
+    for path in (last, Path(args.out)):
+        if path.exists() and not args.resume:
+            sys.exit(f"error: {path} exists: delete it, choose another --out or, if it is a .last, add --resume")
     if args.resume:
         try:
             state = torch.load(last, map_location=args.device, weights_only=True)
@@ -453,9 +458,9 @@ def main():
     torch.backends.cudnn.allow_tf32 = True                    # which tokens.py switches off
     torch.set_flush_denormal(True)                            # silence makes denormals, slow on a CPU
     model = build_mini(**SHAPE)
-    some = batch(train, np.random.default_rng(args.seed), 64, SAMPLE_RATE)
-    initialise(model, some)
-    envelope = Envelope(some.to(args.device))
+    clips = batch(train, np.random.default_rng(args.seed), 64, SAMPLE_RATE)
+    initialise(model, clips)
+    envelope = Envelope(clips.to(args.device))
     model.to(args.device)
     average = copy.deepcopy(model).requires_grad_(False)      # the weights' moving average, to measure and export;
     average.quantizer = model.quantizer                       # the codebooks are averages already
@@ -494,8 +499,8 @@ def main():
         if step / args.steps >= PHASES[phase - 1][0]:
             phase, began = phase + 1, step
             if phase == 3:
-                some = batch(train, np.random.default_rng(args.seed), min(256, 32 * args.batch_size), 4 * SAMPLE_RATE)
-                start_quantising(model, average, frozen, some.to(args.device))
+                clips = batch(train, np.random.default_rng(args.seed), min(256, 32 * args.batch_size), 4 * SAMPLE_RATE)
+                start_quantising(model, average, frozen, clips.to(args.device))
 
         wave, counts = (x.to(args.device, non_blocking=True) for x in (wave, counts))     # pinned: nothing waits
         optimizer.zero_grad()

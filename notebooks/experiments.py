@@ -30,8 +30,8 @@ fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), with learning rates
           in inverse proportion to the width
 steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
-mix       `coarse-heard` and `nano` given the recording's mel in half of the crops, so that they know both
 noise     `nano` and `coarse` with noise on the mel in training, as the sound they will generate is never quite right
+mix       `coarse-heard` and `nano` given the recording's mel in half of the crops, so that they know both
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
 robust    as `nano` in shipped, but with twice the noise; given the recording's mel in half of the crops; given that of
@@ -86,7 +86,8 @@ NANO, NANO_GPT = ["--model", "nano"], ["--model", "nano-gpt"]
 COARSE, GPT = [*NANO, "--n-codebooks", "1"], [*NANO_GPT, "--n-codebooks", "1"]
 HEARD = [*COARSE, "--mel-codebooks", "8"]
 HANN = ["--window", "512", "512"]
-CODES8 = ["--set", "n_input_codebooks=8"]
+CODES8, NOISE = ["--set", "n_input_codebooks=8"], ["--set", "mel_noise=0.5"]
+STEPS = {n: ["--steps", str(n)] for n in (600, 1200, 2400)}
 REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt"                       # by refit_codec.py
             for first in ("whole", "waveform", "hann", "late", "plain")}
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
@@ -117,22 +118,19 @@ EXPERIMENTS = {
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
              for n in (64, 192) for name, options in (("coarse", COARSE), ("coarse-gpt", GPT))},
     "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
-    "noise": {f"{name}-noise": [*options, "--set", "mel_noise=0.5"]
-              for name, options in (("nano", NANO), ("coarse", COARSE))},
+    "noise": {"nano-noise": [*NANO, *NOISE], "coarse-noise": [*COARSE, *NOISE]},
     "mix": {"coarse-heard-mix": [*HEARD, "--mix", "0"], "nano-mix": [*NANO, "--mix", "0"]},
-    "longer": {"nano-noise-steps600": [*NANO, "--steps", "600", "--set", "mel_noise=0.5"],
-               "nano-steps600": [*NANO, "--steps", "600"], "nano-gpt-steps600": [*NANO_GPT, "--steps", "600"]},
-    "shipped": {"nano-noise-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=0.5"],
-                "nano-steps1200": [*NANO, "--steps", "1200"], "nano-gpt-steps1200": [*NANO_GPT, "--steps", "1200"]},
-    "robust": {"nano-noise1-steps1200": [*NANO, "--steps", "1200", "--set", "mel_noise=1.0"],
-               **{f"nano-mix{k}-steps1200": [*NANO, "--steps", "1200", "--mix", str(k)] for k in (0, 1)},
-               "nano-noise-mix1-steps1200": [*NANO, "--steps", "1200", "--mix", "1", "--set", "mel_noise=0.5"]},
-    "codes8": {"nano-codes8-steps1200": [*NANO_GPT, "--steps", "1200", *CODES8],
-               "nano-both8-steps1200": [*NANO, "--steps", "1200", *CODES8]},
-    "own": {"nano-own-steps1200": [*NANO, "--steps", "1200", "--own-details"]},
-    "recorded": {"nano-recorded-steps1200": [*NANO, "--steps", "1200", "--mel-codebooks", "0"]},
-    "double": {"nano-steps2400": [*NANO, "--steps", "2400"], "nano-gpt-steps2400": [*NANO_GPT, "--steps", "2400"],
-               "nano-codes8-steps2400": [*NANO_GPT, "--steps", "2400", *CODES8]},
+    **{name: {f"nano-noise-steps{n}": [*NANO, *STEPS[n], *NOISE], f"nano-steps{n}": [*NANO, *STEPS[n]],
+              f"nano-gpt-steps{n}": [*NANO_GPT, *STEPS[n]]} for name, n in (("longer", 600), ("shipped", 1200))},
+    "robust": {"nano-noise1-steps1200": [*NANO, *STEPS[1200], "--set", "mel_noise=1.0"],
+               **{f"nano-mix{k}-steps1200": [*NANO, *STEPS[1200], "--mix", str(k)] for k in (0, 1)},
+               "nano-noise-mix1-steps1200": [*NANO, *STEPS[1200], "--mix", "1", *NOISE]},
+    "codes8": {"nano-codes8-steps1200": [*NANO_GPT, *STEPS[1200], *CODES8],
+               "nano-both8-steps1200": [*NANO, *STEPS[1200], *CODES8]},
+    "own": {"nano-own-steps1200": [*NANO, *STEPS[1200], "--own-details"]},
+    "recorded": {"nano-recorded-steps1200": [*NANO, *STEPS[1200], "--mel-codebooks", "0"]},
+    "double": {"nano-steps2400": [*NANO, *STEPS[2400]], "nano-gpt-steps2400": [*NANO_GPT, *STEPS[2400]],
+               "nano-codes8-steps2400": [*NANO_GPT, *STEPS[2400], *CODES8]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32{suffix}": [*options, "--context", "32", "--batch-size", "128", *stretch]
@@ -235,11 +233,12 @@ def run(dataset, model, lr, seed, device="cpu"):
     made_by = out.with_suffix(".commits")                     # an interrupted run may have used several
     commits = [commit(), *(made_by.read_text().split() if again == ["--resume"] and made_by.exists() else ())]
     write_whole(made_by, " ".join(dict.fromkeys(commits)).encode())
-    with open(out.with_suffix(".txt"), "a") as said:
-        done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=said, stderr=said, **ONE_THREAD)
-    last = (Path(said.name).read_text().strip().splitlines() or ["no word"])[-1]
+    output = out.with_suffix(".txt")
+    with open(output, "a") as stream:
+        done = subprocess.run([*TRAIN, *options, *again, "--out", str(out)], stdout=stream, stderr=stream, **ONE_THREAD)
+    last = (output.read_text().strip().splitlines() or ["no word"])[-1]
     if done.returncode and "no longer finite" not in last:            # a diverged run counts, too
-        raise RuntimeError(f"run {file.stem} failed: {last.removeprefix('error: ')} (all of it: {said.name})")
+        raise RuntimeError(f"run {file.stem} failed: {last.removeprefix('error: ')} (all of it: {output})")
     log = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
     evaluations = [entry for entry in log if "val_nll" in entry]
     best = min(evaluations, key=lambda e: e["val_nll"])

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -29,7 +28,6 @@ import data
 from conftest import ending, wait_for
 from data import IGNORE, START, DataError, Dataset, prepare, read_audio, split_clips
 from mel import HANN, HOP, SAMPLE_RATE, log_mel
-from tokens import Codec, EncodecModel
 
 
 def noise(seconds, rate=SAMPLE_RATE, channels=1, seed=0):
@@ -434,21 +432,6 @@ def test_a_preparation_that_is_killed_with_its_workers_at_work_blocks_nobody(tmp
     assert not list(tmp_path.glob("cache/**/*.part"))
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_script_that_lacks_a_main_guard_is_told_so(tmp_path, method):
-    """Where processes are not forked, each imports the script anew, and would wait for the lock of the one it helps."""
-    folder = clips(tmp_path / "in", n=1, seconds=1)
-    [clip] = folder.iterdir()
-    for i in range(150):                                      # more names than a pipe, 64 KB, can hold
-        shutil.copy(clip, folder / f"{i}{'x' * 240}.wav")
-    (tmp_path / "script.py").write_text(
-        f"import multiprocessing, sys; sys.path.insert(0, {str(data.ASSETS.parent)!r}); import data, tokens\n"
-        f"multiprocessing.set_start_method({method!r}, force=True)\n"
-        f"data.prepare({str(folder)!r}, tokens.load_codec(), {str(tmp_path / 'cache')!r})\n")
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 1 and "call `prepare` under `if __name__" in done.stderr
-
-
 def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny_codec, tiny_codec_file):
     folder = clips(tmp_path / "in")
     code = (f"import sys; sys.path.insert(0, {str(data.ASSETS.parent)!r}); import data, tokens; from pathlib import Path\n"
@@ -809,15 +792,6 @@ def test_an_unclear_split_is_found_before_encoding(tmp_path, tiny_codec):
     with pytest.raises(DataError, match="beside train/ and val/ the dataset holds test"):
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
     assert not (tmp_path / "cache").exists()
-
-
-def test_what_a_process_is_sent_fits_into_a_pipe(tmp_path):
-    codec = Codec(EncodecModel.encodec_model_24khz(pretrained=False), "large", "random")
-    encoder = data._Encoder(tmp_path, tmp_path, [(f"{i}.wav", 9, 9) for i in range(10_000)], codec, {})
-    sent = ForkingPickler.dumps(encoder)
-    assert len(sent) < 10_000
-    again = ForkingPickler.loads(sent)
-    assert again.how[:3] == encoder.how[:3] and torch.equal(again.how[3].vectors, codec.vectors)
 
 
 def test_what_macos_notes_beside_a_file_is_no_audio(tmp_path):

@@ -10,7 +10,7 @@ Two codecs, both of one class of the `encodec` package (Défossez et al., arXiv 
 
     mini     made by this project, weights in assets/; zeros before a clip, so causal from the first code on. Its coarse
              code was taught to describe the spectral envelope, mostly that of the sound *before* its own 320 samples,
-             so the mel has already shown much of what it says (assets/README.md)
+             so the mel has already shown much of what it says (notebook 05)
     encodec  Meta's EnCodec 24 kHz, 14.9 M parameters, downloaded once (93 MB) or read from a folder
 
     >>> codec = load_codec("mini")

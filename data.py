@@ -16,8 +16,8 @@ decoder's input.
     >>> codes, mel, targets = data.batch(seed=0, step=0, batch_size=16, context=256)
 
 Encoding is most of the work. Files of about the same length go through the codec side by side, on a GPU or on all cores
-of the CPU; each is saved when it is done, so that an interrupted preparation goes on with the rest (unless the folder
-has changed meanwhile).
+of the CPU (on Linux); each is saved when it is done, so that an interrupted preparation goes on with the rest (unless
+the folder has changed meanwhile).
 
 Which crops a batch holds depends on seed, step, size, context and stretch only, not on the model or a resume. Each row
 is a crop of one clip, never of two; a clip shorter than the context is used whole, and the rest of its row is padding
@@ -203,10 +203,11 @@ def _files(top):
 def split_clips(names, dataset=None):
     """Which clips are for validation: a bool per name (relative path).
 
-    Top-level folders train/ and val/ decide, if both are there. DataError if anything stands beside them, or if a folder
-    with another usual name of one side, test/ for example, stands beside something else. Otherwise about a tenth
+    Top-level folders train/ and val/ decide, if both are there. DataError if anything stands beside them, or if a
+    folder with another usual name of one side, test/ for example, stands beside something else. Otherwise about a tenth
     validates, the clips whose path's hash is low, so that adding a file moves no other (in a small folder at least the
-    lowest, until a lower one comes). A dataset of corpora.py has a split, or groups (a speaker's clips) that stay whole.
+    lowest, until a lower one comes). A dataset of corpora.py has a split, or groups (a speaker's clips) that stay
+    whole.
     """
     corpus = CORPORA.get(dataset)
     if corpus and corpus.val:
@@ -246,8 +247,8 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     dataset: `speech`, `music`, a name of corpora.py or a folder, searched recursively. mel_codebooks, latents,
     lookahead, window: as in `encode_files`. Returns a `Dataset`. It is kept in `cache/`, under a key made of everything
     that its content depends on: files (path, size, time), codec and its checksum, mel settings. Files that cannot be
-    used are skipped and named in one line. Raises DataError if there is no such dataset, nothing in it can be used, the
-    mel cannot be made, or the disk is full or not writable.
+    used are skipped and named in one line. It may fork: no other thread should be at work meanwhile. Raises DataError
+    if there is no such dataset, nothing in it can be used, the mel cannot be made, or the disk is full or not writable.
     """
     check_mel(codec, mel_codebooks, latents, lookahead, window)
     folder, names = find_audio(dataset, cache)
@@ -302,8 +303,8 @@ def _encode(clips, folder, files, codec, made_with, title, quiet):
         part.unlink(missing_ok=True)
     todo = [i for i in range(len(files)) if not (clips / f"{i}.clip").exists()]
     batches, n_workers = _divide(todo, folder, files, codec.device)
-    # A DataLoader as a pool of processes: unlike those of multiprocessing.Pool, they end when the process that started
-    # them is killed
+    # A DataLoader as a pool of processes: its items are lists of files, its collate_fn encodes one. Unlike the processes
+    # of multiprocessing.Pool, these end when the one that started them is killed
     work = torch.utils.data.DataLoader(
         batches, collate_fn=functools.partial(_encode_batch, clips, folder, files, codec, made_with), batch_size=None,
         in_order=False, num_workers=n_workers, multiprocessing_context="fork" if n_workers else None)

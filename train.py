@@ -224,7 +224,7 @@ def parse_arguments():
     args.set = fields
     if not ((args.lr is None or 0 < args.lr < math.inf) and args.clip > 0 and 0 <= args.dropout < 1):
         parser.error("--lr and --clip must be above 0, --dropout at least 0 and below 1")
-    if args.eval is None and (not args.out.endswith(".pt") or Path(args.out).is_dir()):
+    if args.eval is None and (not args.out.endswith(".pt") or os.path.isdir(args.out)):
         parser.error(f"--out {args.out}: it must be a .pt file")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run and --overwrite discards it: give one of them")
@@ -252,12 +252,38 @@ def choose_device(name):
         torch.empty(1, device=name).item()
         if name.startswith("cuda:"):
             torch.cuda.set_device(name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         sys.exit(f"error: device '{name}' cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
     return torch.device(name)
 
 
 # ----------------------------------------------------------------------------- a run, new or interrupted
+
+def open_log(args, out, last, path):
+    """The log, to append to. Exits if there is an earlier run, unless told what to do with it, or if one goes on."""
+    try:
+        for file in (out, last, path):
+            if file.exists() and file.stat().st_size and not (args.resume or args.overwrite):
+                sys.exit(f"error: {file} exists: choose another --out, continue it with --resume, or discard it with "
+                         "--overwrite")
+        if args.resume and not last.exists():
+            sys.exit(f"error: there is no {last}, the file that an interrupted run leaves beside --out, to continue")
+        if not MASTER:
+            return open(os.devnull, "a")
+        if not os.access(out.parent, os.W_OK):                # a log that exists could be opened all the same
+            raise PermissionError(errno.EACCES, "its folder cannot be written or does not exist")
+        log = open(path, "a")
+    except OSError as error:
+        sys.exit(f"error: cannot write {path} beside --out {out} ({error.strerror})")
+    with contextlib.suppress(ImportError):                    # Windows has no fcntl
+        import fcntl
+        try:
+            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):   # not that of a network disk without locks
+                sys.exit(f"error: another training is writing {path}: choose another --out")
+    return log
+
 
 def fill_defaults(args):
     """Fill in the defaults that depend on other options."""
@@ -339,28 +365,6 @@ def check_options(args, config):
                  "of just as many, without --mix, --latents, --lookahead or --window")
 
 
-def open_log(args, out, last, path):
-    """The log, to append to. Exits if there is an earlier run, unless told what to do with it, or if one goes on."""
-    if not MASTER:
-        return open(os.devnull, "a")
-    for file in (out, last, path):
-        if file.exists() and file.stat().st_size and not (args.resume or args.overwrite):
-            sys.exit(f"error: {file} exists: choose another --out, continue it with --resume, or discard it with "
-                     "--overwrite")
-    try:
-        log = open(path, "a")
-    except OSError as error:
-        sys.exit(f"error: cannot write {path} beside --out {out} ({error.strerror})")
-    with contextlib.suppress(ImportError):                    # Windows has no fcntl
-        import fcntl
-        try:
-            fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):   # not that of a network disk without locks
-                sys.exit(f"error: another training is writing {path}: choose another --out")
-    return log
-
-
 def configure_optimizer(model, args):
     """AdamW. Embeddings do not decay: every step would shrink the rows of rare codes, and few steps train them."""
     decayed = [p for name, p in model.named_parameters() if "embedding" not in name]
@@ -379,6 +383,8 @@ def score(args, device):
     figures = evaluate(model, data, args.batch_size, autocast)
     say(json.dumps({"checkpoint": args.eval, **shown, "codec": codec.name, "unigram_nll": data.unigram_nll(),
                     "n_params": model.n_params(), **figures}))
+    if stopped_by:                                            # nobody has read that
+        sys.exit(128 + stopped_by[0])
 
 
 # ----------------------------------------------------------------------------- the loop
@@ -415,8 +421,10 @@ def say(text):
     except OSError as error:
         if error.errno not in (errno.EIO, errno.EPIPE):
             raise
-        sys.stdout = sys.stderr if error.errno == errno.EPIPE else open(os.devnull, "w")
+        sys.stdout = sys.stderr if error.errno == errno.EPIPE else open(os.devnull, "w", errors="backslashreplace")
         stop_soon(signal.SIGHUP)
+        with contextlib.suppress(OSError):                    # standard error may be gone, too
+            print(text, flush=True)
 
 
 def move(x, device):
@@ -428,6 +436,8 @@ def main():
     args = parse_arguments()
     device = choose_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if not MASTER:
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     if args.eval is not None:
         return score(args, device)
     if WORLD > 1:
@@ -435,8 +445,7 @@ def main():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     out = Path(args.out)
     last, log_path = out.with_suffix(".last.pt"), out.with_suffix(".jsonl")
-    if not MASTER:
-        sys.stdout = open(os.devnull, "w")
+    log = open_log(args, out, last, log_path)                 # first of all, as it keeps other trainings away
 
     # --- what the run is: from the command line, or from the checkpoint that is continued
     if args.resume:
@@ -447,7 +456,6 @@ def main():
         codec = load_codec(args.codec, device, args.codec_dir)
         model = new_model(args, codec).to(device)
     check_options(args, model.config)
-    log = open_log(args, out, last, log_path)
     kinds = [{name: getattr(args, name) for name in MEL_OPTIONS}]                 # of mel: one, or two with --mix
     if args.mix is not None:
         kinds.append({**kinds[0], "mel_codebooks": args.mix})

@@ -440,9 +440,9 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     last = Path(f"{args.out}.last")
-    for path in (last, Path(args.out)):
+    for path, or_else in ((last, ", or continue it with --resume"), (Path(args.out), "")):
         if path.exists() and not args.resume:
-            sys.exit(f"error: {path} exists: delete it, choose another --out or, if it is a .last, add --resume")
+            sys.exit(f"error: {path} exists: delete it, or choose another --out{or_else}")
     if args.resume:
         try:
             state = torch.load(last, map_location=args.device, weights_only=True)

@@ -432,6 +432,18 @@ def test_a_preparation_that_is_killed_with_its_workers_at_work_blocks_nobody(tmp
     assert not list(tmp_path.glob("cache/**/*.part"))
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_script_needs_no_main_guard_whatever_way_processes_are_usually_started(tmp_path, tiny_codec_file, method):
+    (tmp_path / "script.py").write_text(
+        f"import multiprocessing, os, sys; sys.path.insert(0, {str(data.ASSETS.parent)!r}); import data, tokens\n"
+        f"multiprocessing.set_start_method({method!r}, force=True)\n"
+        f"data.LONG, os.sched_getaffinity = 1, lambda _: [0, 1]\n"
+        f"folder, codec = {str(clips(tmp_path / 'in', n=4))!r}, tokens.load_codec({str(tiny_codec_file)!r})\n"
+        f"print(len(data.prepare(folder, codec, {str(tmp_path / 'cache')!r}).meta['clips']))\n")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "4\n", done.stderr
+
+
 def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny_codec, tiny_codec_file):
     folder = clips(tmp_path / "in")
     code = (f"import sys; sys.path.insert(0, {str(data.ASSETS.parent)!r}); import data, tokens; from pathlib import Path\n"

@@ -177,6 +177,14 @@ def test_a_reader_that_goes_away_ends_the_run_as_a_closed_terminal_does(own_clip
     assert err.splitlines()[-1].startswith("stopped at step") and (tmp_path / "out.last.pt").exists()
 
 
+def test_figures_that_nobody_reads_are_no_success(trained):
+    command = [sys.executable, SCRIPT, "--eval", trained / "out.pt", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGHUP and '"val_nll"' in err and "Error" not in err, err
+
+
 def test_the_same_seed_gives_the_same_figures_and_another_seed_others(run, trained, tmp_path):
     run(tmp_path, "--out", "same.pt")
     run(tmp_path, "--out", "other.pt", "--seed", 1)
@@ -535,6 +543,18 @@ def test_what_another_training_writes_is_left_alone(run, tmp_path):
     assert run(tmp_path).code == 0                            # an empty log is nothing that could be lost
 
 
+def test_a_second_training_is_refused_while_the_first_prepares(run, tmp_path):
+    refused, prepare = [], functools.partial(data.prepare, cache=run.cache, quiet=True)
+
+    def meanwhile(*args, **options):
+        second = [sys.executable, SCRIPT, "--device", "cpu", "--overwrite", "--dataset", "nowhere"]
+        refused.append(subprocess.run(second, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+        return prepare(*args, **options)
+    assert run_script(tmp_path, SCRIPT, *run.options, prepare=meanwhile).code == 0
+    [second] = refused
+    assert_refused(SimpleNamespace(code=second.returncode, err=second.stderr), "another training is writing out.jsonl")
+
+
 def test_a_log_that_cannot_be_written_costs_no_earlier_run(run, tmp_path):
     (tmp_path / "out.last.pt").write_bytes(b"precious")
     (tmp_path / "out.jsonl").mkdir()
@@ -705,7 +725,7 @@ def test_a_signal_while_preparing_ends_the_run_without_a_word(own_clips, tiny_co
     finally:
         process.kill()
     assert process.returncode in (code, -number) and "Traceback" not in err, err
-    assert [(p.name, p.stat().st_size) for p in tmp_path.iterdir()] in ([], [("out.jsonl", 0)])
+    assert [(p.name, p.stat().st_size) for p in tmp_path.iterdir()] == [("out.jsonl", 0)]
     assert subprocess.run(command, cwd=tmp_path, timeout=120).returncode == 0
 
 

@@ -303,8 +303,8 @@ def _encode(clips, folder, files, codec, made_with, title, quiet):
         part.unlink(missing_ok=True)
     todo = [i for i in range(len(files)) if not (clips / f"{i}.clip").exists()]
     batches, n_workers = _divide(todo, folder, files, codec.device)
-    # A DataLoader as a pool of processes: its items are lists of files, its collate_fn encodes one. Unlike the processes
-    # of multiprocessing.Pool, these end when the one that started them is killed
+    # A DataLoader as a pool of processes: its items are lists of files, its collate_fn encodes one. Unlike those of
+    # multiprocessing.Pool, they end when the process that started them is killed
     work = torch.utils.data.DataLoader(
         batches, collate_fn=functools.partial(_encode_batch, clips, folder, files, codec, made_with), batch_size=None,
         in_order=False, num_workers=n_workers, multiprocessing_context="fork" if n_workers else None)

@@ -562,6 +562,30 @@ def test_a_log_that_cannot_be_written_costs_no_earlier_run(run, tmp_path):
     assert (tmp_path / "out.last.pt").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_found_at_the_start_even_if_its_log_can(run, trained, tmp_path):
+    for name in ("out.pt", "out.last.pt", "out.jsonl"):
+        shutil.copy(trained / name, tmp_path)
+    before = (tmp_path / "out.jsonl").read_text()
+    with mock.patch.object(os, "access", return_value=False):                     # root may write anywhere
+        for option in ("--overwrite", "--resume"):
+            refused = run(tmp_path, option, small=option == "--overwrite")
+            assert_refused(refused, "cannot write out.jsonl", "its folder")
+    assert (tmp_path / "out.last.pt").exists() and (tmp_path / "out.jsonl").read_text() == before
+
+
+def test_every_process_refuses_to_overwrite_an_earlier_run(tmp_path):
+    (tmp_path / "out.pt").write_bytes(b"precious")
+    files = [tmp_path / name for name in ("out.pt", "out.last.pt", "out.jsonl")]
+    for master in (True, False):
+        with mock.patch.object(train, "MASTER", master), pytest.raises(SystemExit, match="out.pt exists"):
+            train.open_log(SimpleNamespace(resume=False, overwrite=False), *files)
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "hpu", "cpu:cpu"])
+def test_a_device_that_cannot_compute_is_one_clear_line(run, tmp_path, name):
+    assert_refused(run(tmp_path, "--device", name), f"device '{name}' cannot be used here", "--device cpu")
+
+
 def test_a_checkpoint_names_dataset_and_codec_by_their_whole_paths(run, tmp_path, tiny_codec_file):
     write_clips(tmp_path / "own", [0.9, 1.0])
     shutil.copy(tiny_codec_file, tmp_path / "mine.pt")

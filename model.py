@@ -414,5 +414,6 @@ def load_checkpoint(path, device="cpu"):
         raise CheckpointError(f"no checkpoint '{path}': train.py writes one") from error
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)        # some have many lines
-        raise CheckpointError(f"{path} is not a whole checkpoint of this train.py ({reason})") from error
+        raise CheckpointError(f"{path} is not a whole checkpoint of this train.py: name another, or train one anew "
+                              f"({reason})") from error
     return model.to(device).eval(), checkpoint

@@ -45,3 +45,16 @@ def test_the_table_shows_what_was_measured(dataset, name):
     for i, (model, mel) in enumerate((("coarse", "0"), ("coarse-heard", "8"))):
         cells[i] += f" (**{experiments.gain(runs[model], runs['coarse-gpt'], mel).mean:+.3f}**)"
     assert f"| {name} | 1.2 | {tokens_only} | {' | '.join(cells)} |" in README
+
+
+@pytest.mark.parametrize("dataset", ["speech", "music"])
+def test_the_table_of_what_more_audio_brings_shows_what_was_measured(dataset):
+    rows = {"the mel that the codes decode to": [], "the codes as embeddings": []}
+    for folder, mel, codes, gpt in (("", "coarse-heard", "coarse-codes8", "coarse-gpt"),
+                                    ("large-", "nano-steps1200", "nano-codes8-steps1200", "nano-gpt-steps1200"),
+                                    ("larger-", "nano-steps2400", "nano-codes8-steps2400", "nano-gpt-steps2400")):
+        mel, codes, gpt = (experiments.best_runs(f"{folder}{dataset}", model) for model in (mel, codes, gpt))
+        for cells, runs in zip(rows.values(), (mel, codes)):
+            cells.append(f"{experiments.gain(runs, gpt, experiments.trained_on(runs[0]['model'])).mean:.2f}")
+    for name, cells in rows.items():
+        assert f"| {dataset}: {name} | {' | '.join(cells)} |" in README

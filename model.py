@@ -14,10 +14,13 @@ With n_codebooks > 1 a second, small transformer runs over *depth*, inside each 
 RQ-Transformer (2203.01941). Its position k is given the output of the blocks above, the *backbone*, plus code k, sees
 codes 1 to k and predicts code k + 1; in training these are the right ones (teacher forcing):
 
-    backbone ─┬─ head ───────────────────────────── code 1           a frame is still one position of the backbone,
-              ├─ + code 1 ─ depth blocks ─ head 2 ─ code 2           which reads the coarse code and the mel only (in
-              │                 ▼ (causal)                           those two papers it reads all codes, as it does
-              └─ + code 2 ─ depth blocks ─ head 3 ─ code 3 ...       here with n_input_codebooks = K)
+    backbone ─┬─ head ───────────────────────────── code 1
+              ├─ + code 1 ─ depth blocks ─ head 2 ─ code 2
+              │                 ▼ (causal)
+              └─ + code 2 ─ depth blocks ─ head 3 ─ code 3 ...
+
+A frame is still one position of the backbone, which reads the coarse code and the mel only (in those two papers it
+reads all codes, as it does here with n_input_codebooks = K).
 
 Blocks are pre-norm with rotary positions (Su et al., 2104.09864), PyTorch's fused attention, a SiLU MLP, no biases.
 
@@ -54,13 +57,13 @@ class Config:
     fuse: str = "concat"             # how the branches meet: "concat", as in the paper, or "add"
     n_mel_layer: int = 1             # light causal blocks over the mel frames
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
-    n_mels: int = 80                 # numbers per frame that the mel branch is shown
+    n_mels: int = 80                 # numbers per frame that the mel branch is shown; train.py sets it
     mel_noise: float = 0.0           # standard deviation of the noise added to the whitened mel in training
     n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
     n_depth_layer: int = 2           # blocks over depth, if K > 1
     n_depth_embd: int = 128          # their width; a multiple of n_embd // n_head
     context: int = 512               # positions that attention sees, its own included
-    dropout: float = 0.0
+    dropout: float = 0.0             # train.py sets it, too
 
     @property
     def n_used_codebooks(self):
@@ -71,7 +74,7 @@ class Config:
         """Raise ValueError for a combination that cannot work."""
         sizes = (self.n_layer, self.n_head, self.n_embd, self.n_inner, self.n_mel_embd, self.n_depth_embd,
                  self.n_input_codebooks, self.n_codebooks, self.context)
-        if min(sizes) < 1 or not min(self.mel_noise, self.n_mel_layer, self.n_depth_layer) >= 0:      # nan, too
+        if min(sizes) < 1 or not min(self.mel_noise, self.n_mel_layer, self.n_depth_layer) >= 0:      # or nan
             raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer and mel_noise at least 0")
         if not (self.use_codes or self.use_mel):
             raise ValueError("a model needs use_codes or use_mel")
@@ -86,7 +89,7 @@ class Config:
                              f"{self.n_mel_embd} and n_depth_embd {self.n_depth_embd} multiples of that size")
 
 
-PRESETS = {
+PRESETS = {                          # to those whose name begins with nano train.py gives a higher learning rate
     # the paper's three, and gpt-m: a token-only model of the hybrid's size
     "gpt-s":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024, use_mel=False),
     "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1144, use_mel=False),        # hybrid's size, + 0.2 %
@@ -108,7 +111,7 @@ def rotary_angles(start, length, head_dim):
 
     Channel i and channel i + D/2 form a pair that turns by position * 10000^(-2i/D). A query and a key that are turned
     so have a dot product in which only their distance appears: there is no position embedding that could run out while
-    sampling. In float64 and on the CPU, because there positions grow without bound.
+    sampling. In float64, on the CPU, as positions then grow without bound.
     """
     frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(start, start + length, dtype=torch.float64)[:, None] * frequency

@@ -1,5 +1,5 @@
 """
-tokens.py: EnCodec turns a waveform into a small stack of integers 75 times a second, and back.
+tokens.py: a codec, EnCodec or a small one like it, turns a waveform into eight integers 75 times a second, and back.
 
     wave (B, N) ──encoder──▶ latents ──residual vector quantiser──▶ codes (B, K, T) ──decoder──▶ wave (B, T*320)
 
@@ -19,7 +19,7 @@ Two codecs, both of one class of the `encodec` package (Défossez et al., arXiv 
 
 Everything runs piece by piece (`stream_encoder`, `stream_decoder`): each layer remembers the little of the past that it
 needs, so any split gives the result of one pass, up to float rounding, and a file of any length takes no more memory
-than ten seconds.
+than ten seconds. To read first: `Codec`, then `run_piece`.
 """
 import functools
 import hashlib
@@ -186,9 +186,11 @@ class Codec:
     """
 
     def __init__(self, model, name, checksum, device="cpu"):
-        for module in model.modules():                        # fold g * v / |v| into one weight, once and for all
+        for module in model.modules():                        # undo weight normalisation: g * v / |v|, once and for all
             if hasattr(module, "weight_g"):
                 torch.nn.utils.remove_weight_norm(module)
+        # what everything else counts on: another codec needs another HOP in mel.py, or CODEBOOK_SIZE here and in model.py
+        assert (model.encoder.hop_length, model.quantizer.bins) == (HOP, CODEBOOK_SIZE)
         self.model = model.to(device).eval().requires_grad_(False)
         self.name, self.checksum, self.device = name, checksum, torch.device(device)
         self.n_codebooks = model.quantizer.n_q

@@ -474,7 +474,8 @@ def main():
     step, tokens_seen, seconds, best, log_size = 0, 0, 0.0, math.inf, 0
     if args.resume:
         if checkpoint["audio"] != data.fingerprint:
-            raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now")
+            raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now, or on "
+                                  "another mel of it")
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, tokens_seen, seconds, log_size = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "log_size"))
         best = checkpoint["best"] if out.exists() else math.inf         # without it the next evaluation is the best

@@ -12,10 +12,14 @@ much it changes within the next 1/15 s. Two sets of clips are compared by the Fr
 between two Gaussians with the means and covariances of their vectors (Dowson and Landau, 1982); no neural network is
 involved. The distance depends on timbre, loudness, pauses and pace, not on words or melodies. Every set is compared
 with the validation clips (their first --seconds) and with the codec's copy of these, which is all that a model of codes
-can know of them. For scale, so are the training clips and their decoded copy; no model should be expected to come
+can know of them; with the copy also after all that is far below its loudest spot, by 12 nats or more, or 8 (52 or 35
+dB), has been raised to that level, as logarithms make as much of a faint hiss as of a note. For scale, so are the
+training clips, their decoded copy, and as many of these as a model generates; no model should be expected to come
 closer.
 Generated sets are also measured with only their coarse codes decoded, and drawn again with other seeds, to show how far
-chance moves a figure. Prints a table and writes a file, by default results/closeness-DATASET.json.
+chance moves a figure. How much the choice of the validation clips matters is shown by drawing these with replacement a
+hundred times, the same ones for every model; the file keeps the distances (`..._draws`, means over the sets). Prints a
+table and writes a file, by default results/closeness-DATASET.json.
 """
 import argparse
 import contextlib
@@ -34,16 +38,26 @@ from sample import generate, load
 from tokens import CodecError
 
 LAG = FRAME_RATE // 15               # frames: 1/15 s
+QUIET = (12, 8)                      # nats
+DRAWS = 100                          # of the validation clips
 
 
-def statistics(waves):
-    """Clips, (N,) each -> mean (160,) and covariance (160, 160) over all their frames, float64."""
-    vectors = []
+def sums(waves, floor=-torch.inf):
+    """Clips, (N,) each -> for each clip the number of its vectors, their sum (160,), and that of their products with
+    themselves (160, 160), float64. floor: quieter spots of the log-mel are raised to that level."""
+    parts = []
     for wave in waves:
-        mel = log_mel(wave, window=HANN).double()                                # (T, 80)
-        vectors.append(torch.cat([mel[:-LAG], mel[LAG:] - mel[:-LAG]], dim=1))
-    vectors = torch.cat(vectors)
-    return vectors.mean(0), torch.cov(vectors.T)
+        mel = log_mel(wave, window=HANN).double().clamp(min=floor)               # (T, 80)
+        vectors = torch.cat([mel[:-LAG], mel[LAG:] - mel[:-LAG]], dim=1)
+        parts.append((len(vectors), vectors.sum(0), vectors.T @ vectors))
+    return parts
+
+
+def statistics(parts):
+    """`sums` of some clips -> mean (160,) and covariance (160, 160) over all their frames."""
+    n, total, products = (sum(of_clips) for of_clips in zip(*parts))
+    mean = total / n
+    return mean, (products - n * mean[:, None] * mean) / (n - 1)
 
 
 def frechet(a, b):
@@ -120,22 +134,35 @@ def main():
         raise DataError(f"{args.dataset}: wants a clip of more than {2 * LAG} frames in each split")
     copy = lambda waves, k: [codec.decode(codec.encode(wave[None], k))[0] for wave in waves]
     made_by = commit()
-    references = {"distance": statistics(val), "from_copy": statistics(copy(val, codec.n_codebooks))}
-    rows = []
+    val_copy = copy(val, codec.n_codebooks)
+    loudest = max(log_mel(wave, window=HANN).max() for wave in val_copy)
+    rng = np.random.default_rng(0)
+    draws = [range(len(val)), *(rng.integers(len(val), size=len(val)) for _ in range(DRAWS))]
+    references, rows = {}, []
+    for name, clips, floor in (("distance", val, -torch.inf), ("from_copy", val_copy, -torch.inf),
+                               *((f"from_copy_{n}", val_copy, loudest - n) for n in QUIET)):
+        parts = sums(clips, floor)
+        references[name] = floor, [statistics([parts[i] for i in picked]) for picked in draws]
 
     def compare(name, sets, **facts):
         row, cells = {"what": name}, [name]
-        for reference, real in references.items():
-            by_seed = [round(frechet(statistics(waves), real), 2) for waves in sets]
+        for reference, (floor, (real, *drawn)) in references.items():
+            made = [statistics(sums(waves, floor)) for waves in sets]
+            by_seed = [round(frechet(one, real), 2) for one in made]
             row |= {reference: round(np.mean(by_seed), 2), f"{reference}_by_seed": by_seed}
+            if facts:                                         # of a checkpoint
+                row[f"{reference}_draws"] = [round(np.mean([frechet(x, other) for x in made]), 1) for other in drawn]
             cells.append(f"{np.mean(by_seed):.2f} ({' '.join(f'{d:.2f}' for d in by_seed)})")
         rows.append(row | facts)
         print(f"| {' | '.join(cells)} |", flush=True)
 
-    print(f"| {args.dataset}: distance (by seed) | from {len(val)} validation clips | from the codec's copy of them |\n"
-          "|---|---|---|")
+    print(f"| {args.dataset}: distance (by seed) | from {len(val)} validation clips | from the codec's copy of them | "
+          + " | ".join(f"what is {n} nats below the loudest, raised" for n in QUIET) + " |\n" + "|---" * 5 + "|")
     compare("training clips", [train])
-    compare("training clips, decoded", [copy(train, codec.n_codebooks)])
+    train_copy = copy(train, codec.n_codebooks)
+    compare("training clips, decoded", [train_copy])
+    some = [rng.permutation(len(train_copy))[:args.clips] for _ in range(12)]
+    compare(f"{args.clips} training clips, decoded", [[train_copy[i] for i in picked] for picked in some])
     for k in (codec.n_codebooks, 1):
         compare(f"validation clips, {k} codebook{'s' * (k > 1)} decoded", [copy(val, k)])
     for path, (model, _, checkpoint) in models.items():

@@ -65,8 +65,8 @@ def test_closeness_hears_loudness_and_pace():
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(48_000, generator=generator) for _ in range(4)]
     pulse = (torch.arange(48_000) % 6000 < 3000).float()                                     # four bursts a second
-    real = closeness.statistics([0.1 * w for w in noise[:2]])
-    distance = [closeness.frechet(closeness.statistics(waves), real) for waves in (
+    real = closeness.statistics(closeness.sums([0.1 * w for w in noise[:2]]))
+    distance = [closeness.frechet(closeness.statistics(closeness.sums(waves)), real) for waves in (
         [0.1 * w for w in noise[2:]], [0.2 * w for w in noise[2:]], [0.1 * w * pulse for w in noise[2:]])]
     assert distance[0] < 0.2 * distance[1] < distance[1] < distance[2]
 
@@ -332,7 +332,7 @@ def test_closeness_draws_as_it_is_told_and_says_so(monkeypatch, tmp_path):
 def test_closeness_hears_log_mel_and_its_change():
     wave, lag = 0.1 * torch.randn(24_000), closeness.LAG
     mel = log_mel(wave, window=HANN).double()
-    mean, covariance = closeness.statistics([wave])
+    mean, covariance = closeness.statistics(closeness.sums([wave]))
     vectors = torch.cat([mel[:-lag], mel[lag:] - mel[:-lag]], dim=1)
     torch.testing.assert_close(mean, vectors.mean(0))
     torch.testing.assert_close(covariance, torch.cov(vectors.T))

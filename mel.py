@@ -36,10 +36,10 @@ import torch.nn.functional as F
 # caches made before would be taken for right, and are of another mel
 SAMPLE_RATE = 24_000                 # Hz, EnCodec's
 HOP = 8 * 5 * 4 * 2                  # 320 samples: the product of EnCodec's strides
-FRAME_RATE = SAMPLE_RATE // HOP      # 75 frames a second (no remainder), one clock for mel frames, codec tokens and model positions
+FRAME_RATE = SAMPLE_RATE // HOP      # 75 a second, without remainder: one clock for mel frames, tokens and positions
 N_FFT = 1024                         # samples of a segment, 42.7 ms
 N_MELS = 80
-WINDOW = (HOP * 3 // 2, HOP // 10)   # samples over which the window rises, then falls to zero at the frame's end
+WINDOW = (HOP * 3 // 2, HOP // 10)   # (480, 32): samples over which the window rises, then falls to 0 at the frame's end
 HANN = (N_FFT // 2, N_FFT // 2)      # the same for a Hann window
 FLOOR = 1e-5                         # smallest power that enters the logarithm
 

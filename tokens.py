@@ -1,5 +1,5 @@
 """
-tokens.py: a codec, EnCodec or a small one like it, turns a waveform into eight integers 75 times a second, and back.
+tokens.py: a codec, EnCodec or a small one like it, turns a waveform into a few integers 75 times a second, and back.
 
     wave (B, N) ──encoder──▶ latents ──residual vector quantiser──▶ codes (B, K, T) ──decoder──▶ wave (B, T*320)
 
@@ -9,8 +9,8 @@ the nearest to what is left over, and so on, coarse first: K codebooks cost K * 
 Two codecs, both of one class of the `encodec` package (Défossez et al., arXiv 2210.13438):
 
     mini     made by this project, weights in assets/; zeros before a clip, so causal from the first code on. Its coarse
-             code was taught to describe the spectral envelope, mostly that of the sound *before* its own 320 samples,
-             so the mel has already shown much of what it says (notebook 05)
+             code describes the spectral envelope, of its own 320 samples and of sound before them, so that the mel has
+             already shown part of what it says (notebooks 02 and 05)
     encodec  Meta's EnCodec 24 kHz, 14.9 M parameters, downloaded once (93 MB) or read from a folder
 
     >>> codec = load_codec("mini")
@@ -189,7 +189,7 @@ class Codec:
         for module in model.modules():                        # undo weight normalisation: g * v / |v|, once and for all
             if hasattr(module, "weight_g"):
                 torch.nn.utils.remove_weight_norm(module)
-        # what everything else counts on: another codec needs another HOP in mel.py, or CODEBOOK_SIZE here and in model.py
+        # everything counts on that: another codec needs another HOP in mel.py, or CODEBOOK_SIZE here and in model.py
         assert (model.encoder.hop_length, model.quantizer.bins) == (HOP, CODEBOOK_SIZE)
         self.model = model.to(device).eval().requires_grad_(False)
         self.name, self.checksum, self.device = name, checksum, torch.device(device)

@@ -65,7 +65,7 @@ def frechet(a, b):
     (m1, c1), (m2, c2) = a, b
     # the eigenvalues of a product of two covariances are real and not negative, up to rounding
     root = torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()
-    return ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root).item()
+    return max(0.0, ((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * root).item())
 
 
 def recordings(dataset, seconds):

@@ -104,6 +104,11 @@ def noise(seconds, rate=SAMPLE_RATE, channels=1, seed=0):
     return 0.2 * swell[:, None] * np.random.default_rng(seed).standard_normal((n, channels)).clip(-4, 4)
 
 
+def spy(owner, name):
+    """`with spy(owner, name) as calls`: the function works as ever, and calls.call_args_list has what it was given."""
+    return mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
+
+
 class Malicious:
     """Pickled, it asks whoever loads it to make a directory."""
 

@@ -25,7 +25,7 @@ import torch
 
 import corpora
 import data
-from conftest import ending, noise, wait_for
+from conftest import ending, noise, spy, wait_for
 from data import IGNORE, START, DataError, Dataset, prepare, read_audio, split_clips
 from mel import HANN, HOP, SAMPLE_RATE, log_mel
 
@@ -358,8 +358,7 @@ def test_a_flac_whose_header_tells_no_length_is_refused(tmp_path):
 
 def test_many_channels_are_read_in_smaller_blocks(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.repeat(noise(12.0), 64, axis=1), SAMPLE_RATE)
-    with mock.patch.object(data.soundfile.SoundFile, "read", autospec=True,
-                           side_effect=soundfile.SoundFile.read) as read:
+    with spy(soundfile.SoundFile, "read") as read:
         wave = np.concatenate(list(read_audio(tmp_path / "a.wav")))
     assert all(call.args[1] * 64 <= data.BLOCK for call in read.call_args_list)
     np.testing.assert_allclose(wave, noise(12.0)[:, 0], atol=1e-4)
@@ -548,7 +547,7 @@ def test_several_processes_encode_what_one_does(tmp_path, tiny_codec, monkeypatc
     one = prepare(folder, tiny_codec, tmp_path / "one", quiet=True)
     monkeypatch.setattr(data, "LONG", 1.3)                    # two processes, longer files alone
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: [0, 1], raising=False)
-    with mock.patch.object(torch.utils.data, "DataLoader", side_effect=torch.utils.data.DataLoader) as pool:
+    with spy(torch.utils.data, "DataLoader") as pool:
         two = prepare(folder, tiny_codec, tmp_path / "two", quiet=True)
     assert pool.call_args.kwargs["num_workers"] == 2
     assert one.meta == two.meta and len(one.meta["clips"]) == 7

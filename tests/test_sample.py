@@ -22,7 +22,7 @@ import torch
 import data
 import sample
 from bench_sample import recompute
-from conftest import assert_refused, ending, noise, run_script, wait_for
+from conftest import assert_refused, ending, noise, run_script, spy, wait_for
 from mel import HOP, StreamingLogMel, log_mel
 from model import Config, HybridGPT, save, to_checkpoint
 from sample import draw, generate
@@ -119,7 +119,7 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, fie
 def test_finer_codes_are_drawn_like_the_coarse_one_unless_told_otherwise(tiny_codec, finer, expected):
     model = HybridGPT(Config(n_layer=1, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, n_codebooks=3,
                              n_depth_embd=32)).eval()
-    with mock.patch.object(sample, "draw", side_effect=draw) as drawn:
+    with spy(sample, "draw") as drawn:
         list(sample.generate(model, tiny_codec, 2, temperature=0.9, finer_temperature=finer))
     assert [call.args[1] for call in drawn.call_args_list] == [0.9, expected, expected] * 2
 
@@ -335,7 +335,7 @@ def test_one_stream_takes_one_thread(run, num):
 def test_what_is_too_loud_is_cut_off_in_the_file_and_heard_by_the_model_as_it_is(run, tmp_path):
     levels, push = iter([1.5, -1.5] * 15), StreamDecoder.push
     with mock.patch.object(StreamDecoder, "push", lambda self, codes: push(self, codes) * 0 + next(levels)), \
-            mock.patch.object(StreamingLogMel, "push", autospec=True, side_effect=StreamingLogMel.push) as hear:
+            spy(StreamingLogMel, "push") as hear:
         assert run().code == 0
     assert max(call.args[1].max() for call in hear.call_args_list) == 1.5
     wave, _ = soundfile.read(tmp_path / "sample.wav", dtype="int16")

@@ -462,8 +462,10 @@ def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, f
     monkeypatch.setattr(refit_codec, "ROOT", tmp_path)
     monkeypatch.setattr(refit_codec, "load", lambda folders: (folders, None))
     monkeypatch.setattr(refit_codec, "STEPS", 100)
-    bursts = lambda n, frames: 0.05 * torch.randn(n, frames * 320) * torch.randn(n, frames).exp().repeat_interleave(320, 1)
     made = []
+
+    def bursts(n, frames):
+        return 0.05 * torch.randn(n, frames * 320) * torch.randn(n, frames).exp().repeat_interleave(320, 1)
 
     def batch(folders, rng, n, n_samples):
         made.append(bursts(4, 300) if n == 256 else bursts(2, 20))

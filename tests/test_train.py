@@ -1114,8 +1114,9 @@ def test_a_checkpoint_whose_codec_was_replaced_is_refused(run, tmp_path, tiny_co
     assert_refused(run(tmp_path, "--resume", small=False), "codec")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
-    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to ...")])
 def test_too_little_memory_is_one_clear_line(run, tmp_path, error):
     with mock.patch.object(HybridGPT, "backbone", side_effect=error):
         assert_refused(run(tmp_path), "out of memory", "--accumulate")

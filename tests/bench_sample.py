@@ -30,7 +30,8 @@ def recompute(model, codec, codes, generator=None):
     mel = torch.zeros(B, 1, model.config.n_mels, device=codes.device)
     if t:
         mel = torch.cat([mel, log_mel(codec.decode(codes))], dim=1)
-    start = torch.full((B, K, 1), START, device=codes.device)
+    start = torch.zeros(B, K, 1, dtype=torch.long, device=codes.device)
+    start[:, 0] = START
     x = model.backbone(torch.cat([start, codes], dim=-1), mel)[:, -1]             # (B, n_embd)
     chosen = draw(model.head(x), generator=generator)[:, None]
     while chosen.shape[1] < model.config.n_codebooks:

@@ -1,6 +1,7 @@
 """conftest.py: what all tests share. `python -m pytest` from the repository root runs them all but those marked slow,
 which `python -m pytest --slow` runs, too."""
 import contextlib
+import functools
 import io
 import os
 import runpy
@@ -13,13 +14,17 @@ from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"        # tests are tiny: a second thread, here or in a script they start, only waits
 
+import numpy as np                                                 # noqa: E402
 import pytest                                                      # noqa: E402
+import soundfile                                                   # noqa: E402
 import torch                                                       # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 import data                                                        # noqa: E402  (needs the path above)
 import tokens                                                      # noqa: E402
+from mel import SAMPLE_RATE                                        # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -92,6 +97,18 @@ def assert_refused(result, *words):
     assert all(word in last for word in words), last
 
 
+def noise(seconds, rate=SAMPLE_RATE, channels=1, seed=0):
+    """Noise that swells and fades, (n, channels)."""
+    n = round(seconds * rate)
+    swell = np.sin(np.arange(n) / rate * 7 + seed) ** 2
+    return 0.2 * swell[:, None] * np.random.default_rng(seed).standard_normal((n, channels)).clip(-4, 4)
+
+
+def spy(owner, name):
+    """`with spy(owner, name) as calls`: the function works as ever, and calls.call_args_list has what it was given."""
+    return mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
+
+
 class Malicious:
     """Pickled, it asks whoever loads it to make a directory."""
 
@@ -134,3 +151,18 @@ def tiny_codec_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_codec(tiny_codec_file):
     return tokens.load_codec(str(tiny_codec_file))
+
+
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory, tiny_codec_file):
+    """A checkpoint of train.py after four steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "clips").mkdir()
+    for i in range(4):
+        soundfile.write(folder / "clips" / f"{i}.wav", noise(1.0, seed=i), SAMPLE_RATE)
+    prepare = functools.partial(data.prepare, cache=folder / "cache", quiet=True)
+    done = run_script(folder, ROOT / "train.py", "--dataset", "clips", "--codec", tiny_codec_file,
+                      "--steps", 4, "--eval-every", 4, "--context", 32, "--batch-size", 2, "--device", "cpu",
+                      "--model", "nano", prepare=prepare)
+    assert done.code == 0, done.err
+    return folder / "out.pt"

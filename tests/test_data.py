@@ -25,16 +25,9 @@ import torch
 
 import corpora
 import data
-from conftest import ending, wait_for
+from conftest import ending, noise, spy, wait_for
 from data import IGNORE, START, DataError, Dataset, prepare, read_audio, split_clips
 from mel import HANN, HOP, SAMPLE_RATE, log_mel
-
-
-def noise(seconds, rate=SAMPLE_RATE, channels=1, seed=0):
-    """Noise that swells and fades, (n, channels)."""
-    n = round(seconds * rate)
-    swell = np.sin(np.arange(n) / rate * 7 + seed) ** 2
-    return 0.2 * swell[:, None] * np.random.default_rng(seed).standard_normal((n, channels)).clip(-4, 4)
 
 
 def clips(folder, n=4, seconds=1.0):
@@ -149,7 +142,8 @@ def test_the_mel_may_look_ahead(tmp_path, tiny_codec, lookahead):
     np.testing.assert_allclose(dataset.mel, expected, rtol=1e-3, atol=5e-3)
 
 
-@pytest.mark.parametrize("window", [{"lookahead": -705}, {"lookahead": 705}, {"window": (0, 64)}, {"window": (960, 65)}])
+@pytest.mark.parametrize("window", [{"lookahead": -705}, {"lookahead": 705}, {"window": (0, 64)},
+                                    {"window": (960, 65)}])
 def test_a_window_that_cannot_be_is_refused(tmp_path, tiny_codec, window):
     with pytest.raises(DataError, match="704|1024"):
         prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, **window)
@@ -207,12 +201,106 @@ def test_the_mel_statistics_are_numpys_over_the_training_frames(tmp_path, tiny_c
     assert dataset.meta["val_frames"] == len(dataset.codes) - len(frames)
 
 
+def test_the_statistics_of_one_long_file_leave_out_what_validates(tmp_path, tiny_codec, monkeypatch):
+    fromfile = np.fromfile                                    # 100 rows at once, where it reads 100,000
+    monkeypatch.setattr(np, "fromfile", lambda file, dtype=float, count=-1, **more: fromfile(
+        file, dtype, count // 1000 if count > 100_000 else count, **more))
+    dataset = prepare(clips(tmp_path / "in", n=1, seconds=4.0), tiny_codec, tmp_path / "cache", quiet=True)
+    np.testing.assert_allclose(dataset.mel_statistics[0], dataset.mel[:270].astype(np.float64).mean(0), rtol=1e-6)
+
+
 def test_silence_does_not_give_a_variance_of_zero(tmp_path, tiny_codec):
     (tmp_path / "in").mkdir()
     for name in "ab":
         soundfile.write(tmp_path / "in" / f"{name}.wav", np.zeros(24000), SAMPLE_RATE)
     dataset = prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
     assert np.linalg.eigvalsh(dataset.mel_statistics[1]).min() > 5e-5
+
+
+# ----------------------------------------------------------------------------- which files there are
+
+@pytest.mark.parametrize("dataset", ["speech", "music"])
+def test_the_bundled_datasets_are_there(dataset):
+    folder, names = data.find_audio(dataset)
+    assert len(names) > 100 and {name.split("/")[0] for name in names} == {"train", "val"}
+
+
+def test_a_mistyped_name_is_an_error_that_lists_the_bundled_datasets(tmp_path, tiny_codec):
+    with pytest.raises(DataError, match="speeech.*speech.*music") as caught:
+        prepare("speeech", tiny_codec, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_home_that_nobody_has_is_no_dataset():
+    with pytest.raises(DataError, match="no dataset '~nobody-of-that-name/in'"):
+        data.find_audio("~nobody-of-that-name/in")
+
+
+def test_an_empty_folder_is_an_error(tmp_path, tiny_codec):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(DataError, match="no audio files"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache")
+
+
+def test_a_folder_that_holds_the_cache_is_refused(tiny_codec):
+    with pytest.raises(DataError, match="cache"):
+        prepare(data.CACHE.parent, tiny_codec)
+
+
+def test_audio_is_known_by_its_ending_and_a_link_that_leads_nowhere_is_none(tmp_path, monkeypatch):
+    clips(tmp_path / "in", n=1)
+    for name in ("b.opus", "c.oga", "d.aif", "e.m4a"):
+        shutil.copy(tmp_path / "in" / "a.wav", tmp_path / "in" / name)
+    (tmp_path / "in" / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ["a.wav", "b.opus", "c.oga", "d.aif"]
+    assert data.find_audio("~/in", tmp_path / "cache") == (tmp_path / "in", names)
+
+
+def test_what_macos_notes_beside_a_file_is_no_audio(tmp_path):
+    folder = clips(tmp_path / "in" / "eval")
+    (folder.parent / "._eval.wav").write_bytes(b"notes")
+    assert all("._" not in name for name in data.find_audio(str(folder.parent), tmp_path / "cache")[1])
+
+
+def test_linked_folders_are_searched_and_a_link_back_up_does_no_harm(tmp_path, tiny_codec):
+    clips(tmp_path / "elsewhere", n=2)
+    clips(tmp_path / "in", n=2)
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    assert len(data.find_audio(tmp_path / "in", tmp_path / "cache")[1]) == 4
+
+
+@pytest.mark.parametrize("first", ["z", "a"])
+def test_a_folder_of_two_names_has_the_same_one_on_every_disk(tmp_path, first):
+    (tmp_path / "in").mkdir()
+    clips(tmp_path / "elsewhere", n=1)
+    for name in {first: None, "z": None, "a": None}:          # created in this order
+        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
+    assert data.find_audio(tmp_path / "in", tmp_path / "cache")[1] == ["a/a.wav"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, capsys):
+    clips(tmp_path / "in", n=2)
+    clips(tmp_path / "in" / "closed", n=2)
+    scandir = os.scandir
+
+    def refusing(path):                                       # chmod would not stop root
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert len(data.find_audio(tmp_path / "in", tmp_path / "cache")[1]) == 2
+    assert f"skipped the folder {tmp_path / 'in' / 'closed'}: Permission denied" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_be_listed_but_not_entered_is_named(tmp_path):
+    folder = clips(tmp_path / "in")
+    refused = PermissionError(errno.EACCES, "Permission denied", str(folder / "a.wav"))       # root may enter any
+    with mock.patch.object(Path, "is_file", side_effect=refused):
+        with pytest.raises(DataError, match="a.wav: cannot be read"):
+            data.find_audio(str(folder), tmp_path / "cache")
 
 
 # ----------------------------------------------------------------------------- files that cannot be used
@@ -270,8 +358,7 @@ def test_a_flac_whose_header_tells_no_length_is_refused(tmp_path):
 
 def test_many_channels_are_read_in_smaller_blocks(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.repeat(noise(12.0), 64, axis=1), SAMPLE_RATE)
-    with mock.patch.object(data.soundfile.SoundFile, "read", autospec=True,
-                           side_effect=soundfile.SoundFile.read) as read:
+    with spy(soundfile.SoundFile, "read") as read:
         wave = np.concatenate(list(read_audio(tmp_path / "a.wav")))
     assert all(call.args[1] * 64 <= data.BLOCK for call in read.call_args_list)
     np.testing.assert_allclose(wave, noise(12.0)[:, 0], atol=1e-4)
@@ -288,6 +375,12 @@ def test_of_a_file_that_was_cut_off_what_is_there_is_read(tmp_path, share):
     np.testing.assert_allclose(cut[:-5000], whole[:len(cut) - 5000], atol=1e-3)
 
 
+def test_a_file_that_does_not_say_what_it_holds_is_refused_by_name(tmp_path):
+    (tmp_path / "a.raw").write_bytes(bytes(1000))
+    with pytest.raises(DataError, match="a.raw: cannot be read as audio"):
+        list(read_audio(tmp_path / "a.raw"))
+
+
 def test_a_folder_with_nothing_usable_is_an_error(tmp_path, tiny_codec):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "text.wav").write_text("this is not audio")
@@ -296,22 +389,24 @@ def test_a_folder_with_nothing_usable_is_an_error(tmp_path, tiny_codec):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-def test_an_empty_folder_is_an_error(tmp_path, tiny_codec):
-    (tmp_path / "in").mkdir()
-    with pytest.raises(DataError, match="no audio files"):
-        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache")
+def test_a_file_that_breaks_off_does_not_harm_those_beside_it(tmp_path, tiny_codec):
+    folder = clips(tmp_path / "in", n=3, seconds=11)
+    wave = noise(25)
+    wave[-5] = np.nan                                         # found when the others have long ended
+    soundfile.write(folder / "nan.wav", wave, SAMPLE_RATE, subtype="FLOAT")
+    dataset = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
+    assert dataset.meta["skipped"] == ["nan.wav: holds NaN or infinite samples, or some far outside [-1, 1]"]
+    (folder / "nan.wav").unlink()
+    alone = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
+    assert (dataset.codes == alone.codes).mean() > 0.999 and dataset.codes.shape == alone.codes.shape
 
 
-def test_a_mistyped_name_is_an_error_that_lists_the_bundled_datasets(tmp_path, tiny_codec):
-    with pytest.raises(DataError, match="speeech.*speech.*music") as caught:
-        prepare("speeech", tiny_codec, tmp_path / "cache")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_folder_that_holds_the_cache_is_refused(tiny_codec):
-    with pytest.raises(DataError, match="cache"):
-        prepare(data.CACHE.parent, tiny_codec)
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux only")
+def test_a_name_that_is_not_text_costs_that_file_only(tmp_path, tiny_codec, capfd):
+    folder = clips(tmp_path / "in", n=3)
+    os.rename(folder / "a.wav", os.fsencode(folder) + b"/caf\xe9.wav")
+    assert len(prepare(folder, tiny_codec, tmp_path / "cache", quiet=True).meta["clips"]) == 2
+    assert "skipped 1 of 3 files" in capfd.readouterr().err
 
 
 # ----------------------------------------------------------------------------- the cache
@@ -335,6 +430,16 @@ def test_a_cache_whose_description_is_damaged_is_refused(tmp_path, tiny_codec, s
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
 
 
+@pytest.mark.parametrize("rows, val", [([[0, 30], [30, 51]], [False, True]), ([[0, 30], [30, 50]], [False, False]),
+                                       ([[0, 30], [30, 50]], [True, True])])
+def test_a_list_of_clips_that_does_not_fit_is_refused(tmp_path, rows, val):
+    home = numbered(tmp_path / "home", [30, 20], [False, True]).home
+    np.save(home / "clips.npy", np.array(rows))
+    describe(home, 50, val)
+    with pytest.raises(DataError, match="do not fit together"):
+        Dataset(home)
+
+
 def test_a_cache_with_codes_that_do_not_exist_is_refused(tmp_path, tiny_codec):
     dataset = prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True)
     codes = np.load(tmp_path / "cache" / dataset.key / "codes.npy")
@@ -345,12 +450,6 @@ def test_a_cache_with_codes_that_do_not_exist_is_refused(tmp_path, tiny_codec):
             pass
     with pytest.raises(DataError, match=f"{dataset.key} is damaged.*delete"):
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True).gather([(0, 10, 0, 0)], 32)
-
-
-def test_a_file_that_does_not_say_what_it_holds_is_refused_by_name(tmp_path):
-    (tmp_path / "a.raw").write_bytes(bytes(1000))
-    with pytest.raises(DataError, match="a.raw: cannot be read as audio"):
-        list(read_audio(tmp_path / "a.raw"))
 
 
 def test_a_second_preparation_encodes_nothing(tmp_path, tiny_codec):
@@ -384,6 +483,44 @@ def test_touching_or_adding_a_file_or_another_codec_makes_another_cache(tmp_path
     assert caches(cache) == sorted(keys)
 
 
+def test_other_lengths_splits_or_names_of_clips_are_other_audio(tmp_path):
+    one, *others = (numbered(tmp_path / name, lengths, val) for name, lengths, val in (
+        ("a", [25, 25], [False, True]), ("b", [26, 24], [False, True]), ("c", [25, 25], [True, False])))
+    renamed = shutil.copytree(one.home, tmp_path / "d")
+    meta = json.loads((renamed / "meta.json").read_text())
+    meta["clips"][0]["name"] += "x"
+    (renamed / "meta.json").write_text(json.dumps(meta))
+    assert all(one.fingerprint != other.fingerprint for other in (*others, Dataset(renamed)))
+    assert one.fingerprint == Dataset(one.home).fingerprint
+
+
+def test_another_codec_or_mel_is_other_audio(tmp_path, tiny_codec):
+    folder, other = clips(tmp_path / "in", n=2, seconds=0.5), codec_whose_encoder(tiny_codec, tiny_codec.stream_encoder)
+    other.checksum = "another"
+    made = [prepare(folder, codec, tmp_path / "cache", quiet=True, **mel).fingerprint for codec, mel in (
+        (tiny_codec, {}), (other, {}), (tiny_codec, {"mel_codebooks": 1}), (tiny_codec, {"latents": True}),
+        (tiny_codec, {"lookahead": 192}), (tiny_codec, {"window": HANN}))]
+    assert len({*made}) == len(made)
+
+
+def test_what_is_prepared_is_on_the_disk_before_it_has_its_name(tmp_path, tiny_codec, monkeypatch):
+    synced, named, fsync, rename = set(), [], os.fsync, os.replace
+
+    def sync(file):
+        synced.add((os.fstat(file).st_ino, os.fstat(file).st_size))
+        fsync(file)
+
+    def replace(source, target):
+        files = [source] if Path(target).suffix == ".clip" else [path for path in source.iterdir() if path.is_file()]
+        assert all((path.stat().st_ino, path.stat().st_size) in synced for path in files)
+        named.extend(files)
+        rename(source, target)
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    folder = clips(tmp_path / "in", seconds=0.1)              # so short that all of it fits into the file's buffer
+    assert prepare(folder, tiny_codec, tmp_path / "cache", quiet=True) and len(named) == 4 + 5
+
+
 def test_an_interrupted_preparation_goes_on_with_the_files_it_lacks(tmp_path, tiny_codec, monkeypatch):
     monkeypatch.setattr(data, "LONG", 0)                      # each file is encoded by itself
     folder, cache, begun = clips(tmp_path / "in"), tmp_path / "cache", []
@@ -410,10 +547,28 @@ def test_several_processes_encode_what_one_does(tmp_path, tiny_codec, monkeypatc
     one = prepare(folder, tiny_codec, tmp_path / "one", quiet=True)
     monkeypatch.setattr(data, "LONG", 1.3)                    # two processes, longer files alone
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: [0, 1], raising=False)
-    two = prepare(folder, tiny_codec, tmp_path / "two", quiet=True)
+    with spy(torch.utils.data, "DataLoader") as pool:
+        two = prepare(folder, tiny_codec, tmp_path / "two", quiet=True)
+    assert pool.call_args.kwargs["num_workers"] == 2
     assert one.meta == two.meta and len(one.meta["clips"]) == 7
     assert (one.codes == two.codes).mean() > 0.999            # a rounding may tip a nearest neighbour
     np.testing.assert_allclose(one.mel, two.mel, rtol=1e-3, atol=5e-3)
+
+
+def test_who_waited_for_another_process_encodes_nothing(tmp_path, tiny_codec, monkeypatch):
+    folder, cache, locked = clips(tmp_path / "in"), tmp_path / "cache", data.locked
+
+    @contextlib.contextmanager
+    def after_another(place):
+        monkeypatch.setattr(data, "locked", locked)
+        prepare(folder, tiny_codec, cache, quiet=True)        # by another process, while this one waits
+        with locked(place):
+            yield
+
+    def encoder():
+        raise AssertionError("encoded again")
+    monkeypatch.setattr(data, "locked", after_another)
+    assert len(prepare(folder, codec_whose_encoder(tiny_codec, encoder), cache, quiet=True).train) > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -446,10 +601,11 @@ def test_a_script_needs_no_main_guard_whatever_way_processes_are_usually_started
 
 def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny_codec, tiny_codec_file):
     folder = clips(tmp_path / "in")
-    code = (f"import sys; sys.path.insert(0, {str(data.ASSETS.parent)!r}); import data, tokens; from pathlib import Path\n"
-            f"data.prepare({str(folder)!r}, tokens.load_codec({str(tiny_codec_file)!r}), Path({str(tmp_path / 'cache')!r}))")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import data, tokens; from pathlib import Path\n"
+            "data.prepare(sys.argv[2], tokens.load_codec(sys.argv[3]), Path(sys.argv[4]))")
+    command = [sys.executable, "-c", code, data.ASSETS.parent, folder, tiny_codec_file, tmp_path / "cache"]
     with corpora.locked(tmp_path / "cache"):
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert "waiting for another process" in process.stderr.readline()
         time.sleep(1)                                         # all it needs is a moment
         assert process.poll() is None and caches(tmp_path / "cache") == []
@@ -457,76 +613,10 @@ def test_a_second_process_waits_for_the_first_and_finds_its_cache(tmp_path, tiny
     assert caches(tmp_path / "cache") == [prepare(folder, tiny_codec, tmp_path / "cache", quiet=True).key]
 
 
-@pytest.mark.parametrize("lost", ["train", "val"])
-@pytest.mark.parametrize("n", [1, 3])
-def test_a_side_that_has_nothing_usable_is_not_made_up_from_the_other(tmp_path, tiny_codec, lost, n):
-    (tmp_path / "in").mkdir()
-    for side in ("train", "val"):
-        clips(tmp_path / "in" / side, n=n)
-    for path in (tmp_path / "in" / lost).iterdir():
-        path.write_bytes(b"no audio")
-    with pytest.raises(DataError, match="is left to " + ("train" if lost == "train" else "validate") + " on"):
-        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
-    for path in (tmp_path / "in" / lost).iterdir():
-        path.rename(path.with_suffix(".m4a"))                 # of a kind that is not looked for
-    with pytest.raises(DataError, match=f"no audio files under .*{lost}"):
-        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
-
-
-@pytest.mark.parametrize("dataset", ["speech", "music"])
-def test_the_bundled_datasets_are_there(dataset):
-    folder, names = data.find_audio(dataset)
-    assert len(names) > 100 and {name.split("/")[0] for name in names} == {"train", "val"}
-
-
-def test_a_home_that_nobody_has_is_no_dataset():
-    with pytest.raises(DataError, match="no dataset '~nobody-of-that-name/in'"):
-        data.find_audio("~nobody-of-that-name/in")
-
-
-def test_linked_folders_are_searched_and_a_link_back_up_does_no_harm(tmp_path, tiny_codec):
-    clips(tmp_path / "elsewhere", n=2)
-    clips(tmp_path / "in", n=2)
-    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
-    assert len(data.find_audio(tmp_path / "in", tmp_path / "cache")[1]) == 4
-
-
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, capsys):
-    clips(tmp_path / "in", n=2)
-    clips(tmp_path / "in" / "closed", n=2)
-    scandir = os.scandir
-
-    def refusing(path):                                       # chmod would not stop root
-        if os.fspath(path).endswith("closed"):
-            raise PermissionError(13, "Permission denied", os.fspath(path))
-        return scandir(path)
-    monkeypatch.setattr(os, "scandir", refusing)
-    assert len(data.find_audio(tmp_path / "in", tmp_path / "cache")[1]) == 2
-    assert f"skipped the folder {tmp_path / 'in' / 'closed'}: Permission denied" in capsys.readouterr().err
-
-
 def test_a_cache_on_a_disk_that_is_not_mounted_is_one_clear_line(tmp_path, tiny_codec):
     (tmp_path / "cache").symlink_to(tmp_path / "unmounted")
     with pytest.raises(DataError, match="cache is a file, or a link to a folder that is not there"):
         prepare(clips(tmp_path / "in", n=2), tiny_codec, tmp_path / "cache", quiet=True)
-
-
-@pytest.mark.parametrize("first", ["z", "a"])
-def test_a_folder_of_two_names_has_the_same_one_on_every_disk(tmp_path, first):
-    (tmp_path / "in").mkdir()
-    clips(tmp_path / "elsewhere", n=1)
-    for name in {first: None, "z": None, "a": None}:          # created in this order
-        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
-    assert data.find_audio(tmp_path / "in", tmp_path / "cache")[1] == ["a/a.wav"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux only")
-def test_a_name_that_is_not_text_costs_that_file_only(tmp_path, tiny_codec, capfd):
-    folder = clips(tmp_path / "in", n=3)
-    os.rename(folder / "a.wav", os.fsencode(folder) + b"/caf\xe9.wav")
-    assert len(prepare(folder, tiny_codec, tmp_path / "cache", quiet=True).meta["clips"]) == 2
-    assert "skipped 1 of 3 files" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "x" + "é" * 127])
@@ -541,18 +631,6 @@ def test_a_cache_that_must_not_be_written_to_is_named(tmp_path, tiny_codec, numb
     refuse = mock.Mock(side_effect=OSError(number, "no", str(tmp_path / "cache" / ".lock")))
     with mock.patch.object(Path, "mkdir", refuse), pytest.raises(DataError, match=r"permission .*cache/\.lock"):
         prepare("speech", tiny_codec, tmp_path / "cache", quiet=True)
-
-
-def test_a_file_that_breaks_off_does_not_harm_those_beside_it(tmp_path, tiny_codec):
-    folder = clips(tmp_path / "in", n=3, seconds=11)
-    wave = noise(25)
-    wave[-5] = np.nan                                         # found when the others have long ended
-    soundfile.write(folder / "nan.wav", wave, SAMPLE_RATE, subtype="FLOAT")
-    dataset = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
-    assert dataset.meta["skipped"] == ["nan.wav: holds NaN or infinite samples, or some far outside [-1, 1]"]
-    (folder / "nan.wav").unlink()
-    alone = prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
-    assert (dataset.codes == alone.codes).mean() > 0.999 and dataset.codes.shape == alone.codes.shape
 
 
 def test_a_full_disk_is_one_clear_line_and_loses_no_finished_file(tmp_path, tiny_codec, monkeypatch):
@@ -594,6 +672,10 @@ def test_about_a_tenth_of_many_files_validates():
     assert 0.07 < share < 0.13
 
 
+def test_which_files_validate_never_changes():
+    assert [i for i, val in enumerate(split_clips([f"{i}.wav" for i in range(50)])) if val] == [11, 17, 34, 43]
+
+
 def test_adding_files_moves_no_other_file_to_the_other_side():
     names = [f"{i}.flac" for i in range(300)]
     few, many = split_clips(names), split_clips([f"new/{i}.wav" for i in range(200)] + names)
@@ -607,6 +689,29 @@ def test_two_files_give_one_of_each_side_whatever_their_names():
 def test_a_third_folder_beside_train_and_val_is_refused():
     with pytest.raises(DataError, match="test"):
         split_clips(["train/a.wav", "val/b.wav", "test/c.wav"])
+
+
+def test_an_unclear_split_is_found_before_encoding(tmp_path, tiny_codec):
+    for side in ("train", "val", "test"):
+        clips(tmp_path / "in" / side, n=2)
+    with pytest.raises(DataError, match="beside train/ and val/ the dataset holds test"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["validation", "dev", "Val"])
+def test_a_folder_that_is_almost_called_val_is_no_part_of_what_is_trained_on(name):
+    for train in ("train", "Train"):
+        with pytest.raises(DataError, match=f"holds .*{name}.*: call the two sides of a split train/ and val/"):
+            split_clips([f"{train}/a.wav", f"{name}/b.wav"])
+
+
+@pytest.mark.parametrize("names", [["a.wav", "val/b.wav"], ["train/a.wav", "held-out/b.wav"],
+                                   ["Training/a.wav", "Testing/b.wav"], ["speaker/a.wav", "test/b.wav"]])
+def test_one_side_of_a_split_beside_something_else_is_refused(names):
+    with pytest.raises(DataError, match="call the two sides of a split train/ and val/"):
+        split_clips(names)
+    assert len(split_clips(["train/a.wav", "train/b.wav"])) == 2          # nothing but one side: it is divided
 
 
 def test_top_level_folders_train_and_val_decide_the_split(tmp_path, tiny_codec):
@@ -623,6 +728,33 @@ def test_the_last_tenth_of_a_single_file_validates_and_a_warning_says_so(tmp_pat
     assert dataset.train.tolist() == [[0, 270]] and dataset.val.tolist() == [[270, 300]]
     warning = capsys.readouterr().err
     assert warning.startswith("warning:") and "a.wav" in warning and len(warning.splitlines()) == 1
+
+
+@pytest.mark.parametrize("frames", [9, 12])
+def test_one_file_needs_ten_frames_of_which_the_last_validates(tmp_path, tiny_codec, frames):
+    clips(tmp_path / "in", n=0)
+    soundfile.write(tmp_path / "in" / "a.wav", noise(1.0)[:frames * HOP], SAMPLE_RATE)
+    if frames < 10:
+        with pytest.raises(DataError, match="holds 9 frames in one file: too few"):
+            prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    else:
+        assert prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True).val.tolist() == [[11, 12]]
+
+
+@pytest.mark.parametrize("lost", ["train", "val"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_side_that_has_nothing_usable_is_not_made_up_from_the_other(tmp_path, tiny_codec, lost, n):
+    (tmp_path / "in").mkdir()
+    for side in ("train", "val"):
+        clips(tmp_path / "in" / side, n=n)
+    for path in (tmp_path / "in" / lost).iterdir():
+        path.write_bytes(b"no audio")
+    with pytest.raises(DataError, match="is left to " + ("train" if lost == "train" else "validate") + " on"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
+    for path in (tmp_path / "in" / lost).iterdir():
+        path.rename(path.with_suffix(".m4a"))                 # of a kind that is not looked for
+    with pytest.raises(DataError, match=f"no audio files under .*{lost}"):
+        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
 
 
 # ----------------------------------------------------------------------------- training batches
@@ -760,126 +892,3 @@ def test_a_hundred_hours_take_no_more_memory_than_their_batches(tmp_path):
     for step in range(200):                                                        # 144 MB pass by
         dataset.batch(0, step, 16, 256)
     assert resident() - before < 30e6
-
-
-# ----------------------------------------------------------------------------- what could go wrong unnoticed
-
-def test_what_is_prepared_is_on_the_disk_before_it_has_its_name(tmp_path, tiny_codec, monkeypatch):
-    synced, named, fsync, rename = set(), [], os.fsync, os.replace
-
-    def sync(file):
-        synced.add((os.fstat(file).st_ino, os.fstat(file).st_size))
-        fsync(file)
-
-    def replace(source, target):
-        files = [source] if Path(target).suffix == ".clip" else [path for path in source.iterdir() if path.is_file()]
-        assert all((path.stat().st_ino, path.stat().st_size) in synced for path in files)
-        named.extend(files)
-        rename(source, target)
-    monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(os, "replace", replace)
-    folder = clips(tmp_path / "in", seconds=0.1)              # so short that all of it fits into the file's buffer
-    assert prepare(folder, tiny_codec, tmp_path / "cache", quiet=True) and len(named) == 4 + 5
-
-
-def test_who_waited_for_another_process_encodes_nothing(tmp_path, tiny_codec, monkeypatch):
-    folder, cache, locked = clips(tmp_path / "in"), tmp_path / "cache", data.locked
-
-    @contextlib.contextmanager
-    def after_another(place):
-        monkeypatch.setattr(data, "locked", locked)
-        prepare(folder, tiny_codec, cache, quiet=True)        # by another process, while this one waits
-        with locked(place):
-            yield
-
-    def encoder():
-        raise AssertionError("encoded again")
-    monkeypatch.setattr(data, "locked", after_another)
-    assert len(prepare(folder, codec_whose_encoder(tiny_codec, encoder), cache, quiet=True).train) > 0
-
-
-def test_an_unclear_split_is_found_before_encoding(tmp_path, tiny_codec):
-    for side in ("train", "val", "test"):
-        clips(tmp_path / "in" / side, n=2)
-    with pytest.raises(DataError, match="beside train/ and val/ the dataset holds test"):
-        prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_what_macos_notes_beside_a_file_is_no_audio(tmp_path):
-    folder = clips(tmp_path / "in" / "eval")
-    (folder.parent / "._eval.wav").write_bytes(b"notes")
-    assert all("._" not in name for name in data.find_audio(str(folder.parent), tmp_path / "cache")[1])
-
-
-def test_a_folder_that_may_be_listed_but_not_entered_is_named(tmp_path):
-    folder = clips(tmp_path / "in")
-    refused = PermissionError(errno.EACCES, "Permission denied", str(folder / "a.wav"))       # root may enter any
-    with mock.patch.object(Path, "is_file", side_effect=refused):
-        with pytest.raises(DataError, match="a.wav: cannot be read"):
-            data.find_audio(str(folder), tmp_path / "cache")
-
-
-@pytest.mark.parametrize("name", ["validation", "dev", "Val"])
-def test_a_folder_that_is_almost_called_val_is_no_part_of_what_is_trained_on(name):
-    for train in ("train", "Train"):
-        with pytest.raises(DataError, match=f"holds .*{name}.*: call the two sides of a split train/ and val/"):
-            split_clips([f"{train}/a.wav", f"{name}/b.wav"])
-
-
-@pytest.mark.parametrize("names", [["a.wav", "val/b.wav"], ["train/a.wav", "held-out/b.wav"],
-                                   ["Training/a.wav", "Testing/b.wav"], ["speaker/a.wav", "test/b.wav"]])
-def test_one_side_of_a_split_beside_something_else_is_refused(names):
-    with pytest.raises(DataError, match="call the two sides of a split train/ and val/"):
-        split_clips(names)
-    assert len(split_clips(["train/a.wav", "train/b.wav"])) == 2          # nothing but one side: it is divided
-
-
-def test_the_statistics_of_one_long_file_leave_out_what_validates(tmp_path, tiny_codec, monkeypatch):
-    fromfile = np.fromfile                                    # 100 rows at once, where it reads 100,000
-    monkeypatch.setattr(np, "fromfile", lambda file, dtype=float, count=-1, **more: fromfile(
-        file, dtype, count // 1000 if count > 100_000 else count, **more))
-    dataset = prepare(clips(tmp_path / "in", n=1, seconds=4.0), tiny_codec, tmp_path / "cache", quiet=True)
-    np.testing.assert_allclose(dataset.mel_statistics[0], dataset.mel[:270].astype(np.float64).mean(0), rtol=1e-6)
-
-
-@pytest.mark.parametrize("frames", [9, 12])
-def test_one_file_needs_ten_frames_of_which_the_last_validates(tmp_path, tiny_codec, frames):
-    clips(tmp_path / "in", n=0)
-    soundfile.write(tmp_path / "in" / "a.wav", noise(1.0)[:frames * HOP], SAMPLE_RATE)
-    if frames < 10:
-        with pytest.raises(DataError, match="holds 9 frames in one file: too few"):
-            prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
-    else:
-        assert prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True).val.tolist() == [[11, 12]]
-
-
-def test_audio_is_known_by_its_ending_and_a_link_that_leads_nowhere_is_none(tmp_path, monkeypatch):
-    clips(tmp_path / "in", n=1)
-    for name in ("b.opus", "c.oga", "d.aif", "e.m4a"):
-        shutil.copy(tmp_path / "in" / "a.wav", tmp_path / "in" / name)
-    (tmp_path / "in" / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    names = ["a.wav", "b.opus", "c.oga", "d.aif"]
-    assert data.find_audio("~/in", tmp_path / "cache") == (tmp_path / "in", names)
-
-
-def test_other_lengths_splits_or_names_of_clips_are_other_audio(tmp_path):
-    one, *others = (numbered(tmp_path / name, lengths, val) for name, lengths, val in (
-        ("a", [25, 25], [False, True]), ("b", [26, 24], [False, True]), ("c", [25, 25], [True, False])))
-    renamed = shutil.copytree(one.home, tmp_path / "d")
-    meta = json.loads((renamed / "meta.json").read_text())
-    meta["clips"][0]["name"] += "x"
-    (renamed / "meta.json").write_text(json.dumps(meta))
-    assert all(one.fingerprint != other.fingerprint for other in (*others, Dataset(renamed)))
-    assert one.fingerprint == Dataset(one.home).fingerprint
-
-
-@pytest.mark.parametrize("rows, val", [([[0, 30], [30, 51]], [False, True]), ([[0, 30], [30, 50]], [False, False]),
-                                       ([[0, 30], [30, 50]], [True, True])])
-def test_a_list_of_clips_that_does_not_fit_is_refused(tmp_path, rows, val):
-    home = numbered(tmp_path / "home", [30, 20], [False, True]).home
-    np.save(home / "clips.npy", np.array(rows))
-    describe(home, 50, val)
-    with pytest.raises(DataError, match="do not fit together"):
-        Dataset(home)

@@ -61,7 +61,6 @@ def test_log_mel_equals_librosa_of_the_same_frames():
 def test_filterbank_equals_librosas_slaney_filterbank():
     filterbank, expected = mel_filterbank(), torch.from_numpy(REFERENCE["filterbank"])
     assert filterbank.shape == expected.shape == (N_FFT // 2 + 1, N_MELS)
-    assert (filterbank - expected).abs().max() < 1e-5
     assert (filterbank - expected).abs().max() < 1e-5 * expected.max()      # its largest weight is only 0.03
 
 
@@ -69,16 +68,6 @@ def test_mel_scale_is_librosas_and_its_inverse_undoes_it():
     hz = torch.linspace(0, 12_000, 1000, dtype=torch.float64)
     assert (mel_to_hz(hz_to_mel(hz)) - hz).abs().max() < 1e-8
     assert hz_to_mel(torch.tensor([200.0, 1000.0, 6400.0]).double()).tolist() == pytest.approx([3, 15, 42])
-
-
-def test_log_mel_is_a_fourier_transform_written_as_a_matrix_product():
-    wave = random_wave(8 * HOP)
-    k, n = torch.arange(N_FFT // 2 + 1).double()[:, None], torch.arange(N_FFT).double()
-    angle = 2 * math.pi * k * n / N_FFT                                                             # (513, 1024)
-    windowed = frame(wave).double() * asymmetric_window(N_FFT, *WINDOW).double()
-    power = (windowed @ angle.cos().T).square() + (windowed @ angle.sin().T).square()
-    expected = (power @ mel_filterbank().double()).clamp(min=FLOOR).log()
-    assert (log_mel(wave) - expected).abs().max() < 1e-4
 
 
 def test_the_window_rises_slowly_and_falls_fast_and_is_hanns_if_it_does_both_for_as_long():
@@ -118,21 +107,6 @@ def test_a_tone_of_1_khz_peaks_in_the_band_centred_nearest_to_1_khz():
 
 # ----------------------------------------------------------------------------- when a frame looks
 
-@pytest.mark.parametrize("t", [0, 1, 2, 3, 10])
-def test_no_frame_sees_a_sample_of_a_later_frame(t):
-    wave = random_wave(20 * HOP)
-    assert min(changed_frames(wave, (t + 1) * HOP, len(wave))) == t + 1
-
-
-@pytest.mark.parametrize("t", [0, 1, 2, 3, 10])
-def test_a_frame_sees_its_own_last_samples(t):
-    wave = random_wave(20 * HOP)
-    end = (t + 1) * HOP
-    assert min(changed_frames(wave, end - 40, end)) == t                  # 40: the window is near zero at its end
-    frames = frame(wave)
-    assert torch.equal(frames[t, -HOP:], wave[t * HOP: end])              # without a window, to the very last one
-
-
 def test_a_frame_sees_as_many_samples_as_its_window_has_and_none_before():
     wave = random_wave(20 * HOP)
     assert torch.equal(frame(wave)[10], wave[11 * HOP - N_FFT: 11 * HOP])
@@ -145,13 +119,13 @@ def test_a_frame_sees_as_many_samples_as_its_window_has_and_none_before():
 
 
 @pytest.mark.parametrize("lookahead", [0, 192, 352, 512, 704])
-def test_lookahead_sees_exactly_that_many_samples_of_the_future(lookahead):
+def test_a_frame_sees_its_own_last_sample_and_as_many_later_ones_as_it_looks_ahead(lookahead):
     wave = random_wave(20 * HOP)
-    for t in (0, 1, 5):
+    for t in (0, 1, 2, 3, 10):
         end = (t + 1) * HOP + lookahead
         assert min(changed_frames(wave, end, len(wave), lookahead)) == t + 1
-        assert t in changed_frames(wave, end - 40, end, lookahead)
-        assert frame(wave, lookahead=lookahead)[t, -1] == wave[end - 1]
+        assert t in changed_frames(wave, end - 40, end, lookahead)    # 40: the window is near zero at its end
+        assert torch.equal(frame(wave, lookahead=lookahead)[t, -HOP:], wave[end - HOP:end])      # without a window
 
 
 @pytest.mark.parametrize("lookahead", [192, 352, 512])

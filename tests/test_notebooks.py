@@ -9,11 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+
+import sample
+from conftest import assert_refused, noise, run_script
+from data import prepare, split_clips
+from mel import HANN, WINDOW, log_mel
+from tokens import CodecError, load_codec
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
@@ -22,9 +29,6 @@ import copying                                                         # noqa: E
 import experiments                                                     # noqa: E402
 import refit_codec                                                     # noqa: E402
 import train_codec                                                     # noqa: E402
-from data import prepare, split_clips                                  # noqa: E402
-from mel import HANN, WINDOW, log_mel                                  # noqa: E402
-from tokens import CodecError, load_codec                              # noqa: E402
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
@@ -338,11 +342,62 @@ def test_closeness_hears_log_mel_and_its_change():
     torch.testing.assert_close(covariance, torch.cov(vectors.T))
 
 
+def test_closeness_is_measured_from_the_clips_and_from_what_the_codec_makes_of_them(ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "draw", mock.Mock(side_effect=sample.draw))
+    out = tmp_path / "found.json"
+    done = run_script(tmp_path, NOTEBOOKS / "closeness.py", ckpt.parent / "clips", ckpt, "--clips", 2, "--seconds",
+                      1, "--seeds", 2, "--temperature", "0.9:0.5", "--out", out)
+    assert done.code == 0, done.err
+    found = json.loads(out.read_text())
+    rows = {row["what"]: row for row in found["rows"]}
+    copy = rows["validation clips, 8 codebooks decoded"]
+    assert copy["from_copy"] == pytest.approx(0, abs=0.01) and copy["distance"] > 1
+    assert rows["training clips"]["distance"] < copy["distance"]
+    generated = rows["out, temperature 0.9, finer codes 0.5"]
+    assert [call.args[1] for call in sample.draw.call_args_list[:8]] == [0.9] + [0.5] * 7
+    assert len(set(generated["from_copy_by_seed"])) == 2 and generated["n_codebooks"] == 8
+    coarse = rows["out, temperature 0.9, finer codes 0.5, only the coarse code decoded"]
+    assert coarse["n_codebooks"] == 1 and coarse["distance"] != generated["distance"]
+    assert found["commit"] and found["codec_checksum"]
+    assert found["rows"][-1]["what"] in done.out
+
+
+def test_closeness_compares_the_first_seconds_of_each_clip_by_split(tmp_path):
+    for side, n in (("train", 3), ("val", 2)):
+        (tmp_path / "in" / side).mkdir(parents=True)
+        for i in range(n):
+            soundfile.write(tmp_path / "in" / side / f"{i}.wav", noise(1.0 + i, seed=i), 24_000)
+    train, val = closeness.recordings(tmp_path / "in", 1.5)
+    assert [*map(len, train)] == [24_000, 36_000, 36_000] and [*map(len, val)] == [24_000, 36_000]
+
+
+def test_closeness_splits_a_folder_as_training_does_when_a_file_cannot_be_read(tmp_path):
+    for i in range(6):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(24_000, (i + 1) / 10), 24_000)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path / names[split_clips(names).index(True)]).write_bytes(b"not audio")              # the only one held out
+    data = prepare(tmp_path, load_codec("mini"), tmp_path.parent / "cache", quiet=True)
+    held_out = {clip["name"] for clip in data.meta["clips"] if clip["val"]}
+    train, val = closeness.recordings(tmp_path, 1)
+    assert {f"{round(wave[0].item() * 10) - 1}.wav" for wave in val} == held_out and len(train) == 5 - len(held_out)
+
+
 def test_checkpoints_of_two_codecs_are_not_compared(monkeypatch):
     monkeypatch.setattr(closeness, "load", lambda path: (None, SimpleNamespace(checksum=path[0]), None))
     assert list(closeness.load_all(["a1.pt", "a2.pt"])[0]) == ["a1.pt", "a2.pt"]
     with pytest.raises(CodecError, match="different codecs"):
         closeness.load_all(["a1.pt", "b1.pt"])
+
+
+def test_closeness_refuses_checkpoints_of_different_codecs(ckpt, tmp_path, tiny_codec_file):
+    saved = torch.load(tiny_codec_file, weights_only=True)
+    saved["weights"] = {key: value * 1.5 for key, value in saved["weights"].items()}
+    torch.save(saved, tmp_path / "other.pt")
+    other = {"codec": str(tmp_path / "other.pt"), "codec_checksum": load_codec(tmp_path / "other.pt").checksum}
+    torch.save(torch.load(ckpt, weights_only=True) | other, tmp_path / "b.pt")
+    done = run_script(tmp_path, NOTEBOOKS / "closeness.py", ckpt.parent / "clips", ckpt, tmp_path / "b.pt", "--out",
+                      tmp_path / "found.json")
+    assert_refused(done, "codes of different codecs")
 
 
 def test_copying_finds_the_longest_run_that_a_training_clip_holds():
@@ -377,16 +432,6 @@ def test_copying_knows_a_model_that_copies(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):              # shorter than any clip that is compared
         copying.main()
 
-def test_closeness_splits_a_folder_as_training_does_when_a_file_cannot_be_read(tmp_path):
-    for i in range(6):
-        soundfile.write(tmp_path / f"{i}.wav", np.full(24_000, (i + 1) / 10), 24_000)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    (tmp_path / names[split_clips(names).index(True)]).write_bytes(b"not audio")              # the only one held out
-    data = prepare(tmp_path, load_codec("mini"), tmp_path.parent / "cache", quiet=True)
-    held_out = {clip["name"] for clip in data.meta["clips"] if clip["val"]}
-    train, val = closeness.recordings(tmp_path, 1)
-    assert {f"{round(wave[0].item() * 10) - 1}.wav" for wave in val} == held_out and len(train) == 5 - len(held_out)
-
 
 @pytest.mark.parametrize("model, rate", [
     ("coarse-heard", "1"), ("nano-recorded-steps1200", "1"), ("nano-gpt-steps1200", "2"),
@@ -417,8 +462,10 @@ def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, f
     monkeypatch.setattr(refit_codec, "ROOT", tmp_path)
     monkeypatch.setattr(refit_codec, "load", lambda folders: (folders, None))
     monkeypatch.setattr(refit_codec, "STEPS", 100)
-    bursts = lambda n, frames: 0.05 * torch.randn(n, frames * 320) * torch.randn(n, frames).exp().repeat_interleave(320, 1)
     made = []
+
+    def bursts(n, frames):
+        return 0.05 * torch.randn(n, frames * 320) * torch.randn(n, frames).exp().repeat_interleave(320, 1)
 
     def batch(folders, rng, n, n_samples):
         made.append(bursts(4, 300) if n == 256 else bursts(2, 20))

@@ -12,6 +12,8 @@ import math
 import os
 import pty
 import random
+import runpy
+import select
 import shutil
 import signal
 import subprocess
@@ -31,7 +33,7 @@ import data
 import sample
 import tokens
 import train
-from conftest import assert_refused, run_script
+from conftest import assert_refused, noise, run_script, spy
 from mel import log_mel
 from model import IGNORE, HybridGPT, load_checkpoint, save
 from tokens import load_codec
@@ -40,12 +42,10 @@ SCRIPT = Path(train.__file__).absolute()
 
 
 def write_clips(folder, seconds):
-    """Noise that swells and fades, one file per entry of `seconds`."""
+    """One file of noise per entry of `seconds`."""
     folder.mkdir()
     for i, duration in enumerate(seconds):
-        time = np.arange(round(duration * 24_000)) / 24_000
-        wave = 0.2 * np.sin(5 * time + i) ** 2 * np.random.default_rng(i).standard_normal(len(time)).clip(-4, 4)
-        soundfile.write(folder / f"{i}.wav", wave, 24_000)
+        soundfile.write(folder / f"{i}.wav", noise(duration, seed=i), 24_000)
     return folder
 
 
@@ -87,8 +87,14 @@ def own_clips(clips, tmp_path_factory):
     yield folder
     for entry in [*data.CACHE.glob(f"{folder.name}-*"), *data.CACHE.glob(f".{folder.name}-*")]:
         shutil.rmtree(entry)
-    if not there and data.CACHE.exists() and not any(data.CACHE.iterdir()):
-        data.CACHE.rmdir()
+    if not there and [path.name for path in data.CACHE.glob("*")] == [".lock"]:
+        shutil.rmtree(data.CACHE)
+
+
+@pytest.fixture()
+def command(run, own_clips):
+    """command(*options): `run`'s command line for a process of its own, with clips and cache that go afterwards."""
+    return lambda *options: [sys.executable, *map(str, (SCRIPT, *run.options, "--dataset", own_clips, *options))]
 
 
 def log_of(path):
@@ -99,9 +105,14 @@ def evaluations(path):
     return [entry for entry in log_of(path) if "val_nll" in entry]
 
 
+def in_training(calls):
+    """Of a spy's calls of HybridGPT.forward those in training: an evaluation names no depth_frames."""
+    return [call for call in calls.call_args_list if "depth_frames" in call.kwargs]
+
+
 # ----------------------------------------------------------------------------- what a run leaves
 
-def test_a_run_writes_the_best_model_the_whole_state_and_a_log(trained):
+def test_a_run_writes_the_best_model_the_whole_state_and_a_log_that_begins_with_every_option(trained):
     assert sorted(p.name for p in trained.iterdir()) == ["out.jsonl", "out.last.pt", "out.pt", "stdout"]
     entries = evaluations(trained / "out.jsonl")
     assert [entry["step"] for entry in entries] == [0, 2, 4]
@@ -118,6 +129,8 @@ def test_a_run_writes_the_best_model_the_whole_state_and_a_log(trained):
     assert checkpoint["step"] == best["step"] and checkpoint["val_nll"] == best["val_nll"]
     assert model.n_params() == best["n_params"] and model.config.context == 32
     assert load_checkpoint(trained / "out.last.pt")[1]["step"] == 4
+    options = log_of(trained / "out.jsonl")[0]["args"]
+    assert options["context"] == 32 and options["seed"] == 0 and options["model"] == "nano" and "lr" in options
 
 
 def test_a_checkpoint_holds_the_mel_statistics_of_the_training_frames(trained, run):
@@ -148,15 +161,22 @@ def test_a_checkpoint_from_before_latents_were_an_option_is_as_good(run, trained
     assert sample.load(tmp_path / "old.pt")[1].name
 
 
-def test_the_first_line_of_the_log_holds_every_option(trained):
-    options = log_of(trained / "out.jsonl")[0]["args"]
-    assert options["context"] == 32 and options["seed"] == 0 and options["model"] == "nano" and "lr" in options
+def test_a_checkpoint_names_dataset_and_codec_by_their_whole_paths(run, tmp_path, tiny_codec_file):
+    write_clips(tmp_path / "own", [0.9, 1.0])
+    shutil.copy(tiny_codec_file, tmp_path / "mine.pt")
+    assert run(tmp_path, "--dataset", "own", "--codec", "mine.pt").code == 0
+    _, checkpoint = load_checkpoint(tmp_path / "out.pt")
+    assert (checkpoint["dataset"], checkpoint["codec"]) == (str(tmp_path / "own"), str(tmp_path / "mine.pt"))
 
 
-def test_the_whole_run_works_as_a_process_of_its_own(own_clips, tiny_codec_file, trained, tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file, "--steps", "4",
-                           "--eval-every", "2", "--context", "32", "--batch-size", "2", "--device", "cpu",
-                           "--model", "nano"], cwd=tmp_path, capture_output=True, text=True)
+def test_only_who_can_be_sampled_is_said_to_be(run, trained, tmp_path):
+    assert "hear it with: python sample.py --ckpt out.pt" in (trained / "stdout").read_text()
+    ended = run(tmp_path, "--steps", 1, "--n-codebooks", 1, "--lookahead", 9)
+    assert ended.code == 0 and ended.out.endswith(" above the unigram figure) in out.pt\n")      # one step is nothing
+
+
+def test_the_whole_run_works_as_a_process_of_its_own(command, trained, tmp_path):
+    done = subprocess.run(command(), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.last.pt", "out.pt"]
     np.testing.assert_allclose([entry["val_nll"] for entry in evaluations(tmp_path / "out.jsonl")],
@@ -166,23 +186,14 @@ def test_the_whole_run_works_as_a_process_of_its_own(own_clips, tiny_codec_file,
     assert_refused(SimpleNamespace(code=refused.returncode, err=refused.stderr), "out.pt exists")
 
 
-def test_a_reader_that_goes_away_ends_the_run_as_a_closed_terminal_does(own_clips, tiny_codec_file, tmp_path):
-    command = [sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file, "--steps", "400",
-               "--context", "32", "--batch-size", "2", "--device", "cpu"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def test_a_reader_that_goes_away_ends_the_run_as_a_closed_terminal_does(command, tmp_path):
+    with subprocess.Popen(command("--steps", 400), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
         process.stdout.readline()
         process.stdout.close()
         err = process.stderr.read()
     assert process.returncode == 128 + signal.SIGHUP and "Error" not in err, err
     assert err.splitlines()[-1].startswith("stopped at step") and (tmp_path / "out.last.pt").exists()
-
-
-def test_figures_that_nobody_reads_are_no_success(trained):
-    command = [sys.executable, SCRIPT, "--eval", trained / "out.pt", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()
-        err = process.stderr.read()
-    assert process.returncode == 128 + signal.SIGHUP and '"val_nll"' in err and "Error" not in err, err
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_seed_others(run, trained, tmp_path):
@@ -194,28 +205,27 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(run, train
     assert figures[0][0] != figures[2][0]                     # other weights, not only other batches
 
 
+def test_a_worse_model_does_not_replace_the_best(run, tmp_path):
+    assert run(tmp_path, "--lr", 3, "--warmup", 0).code == 0
+    nll = [entry["val_nll"] for entry in evaluations(tmp_path / "out.jsonl")]
+    assert nll[0] == min(nll) < nll[1] and load_checkpoint(tmp_path / "out.pt")[1]["step"] == 0
+
+
+# ----------------------------------------------------------------------------- what is learnt
+
 def test_twins_see_the_same_batches(run, tmp_path):
-    seen, batch = {"nano": [], "nano-gpt": []}, data.Dataset.batch
-    for name, batches in seen.items():
-        def recorded(self, *args):
-            batches.append(batch(self, *args))
-            return batches[-1]
-        with mock.patch.object(data.Dataset, "batch", recorded):
+    with spy(HybridGPT, "forward") as calls:
+        for name in ("nano", "nano-gpt"):
             assert run(tmp_path, "--model", name, "--out", f"{name}.pt").code == 0
-        assert load_checkpoint(tmp_path / f"{name}.pt")[0].config.use_mel is (name == "nano")
-    assert len(seen["nano"]) == 4
-    assert all(torch.equal(a, b) for one, two in zip(*seen.values()) for a, b in zip(one, two))
+            assert load_checkpoint(tmp_path / f"{name}.pt")[0].config.use_mel is (name == "nano")
+    _, *seen = zip(*(call.args for call in in_training(calls)))                   # codes, mel and targets of each step
+    assert all(len(x) == 8 and torch.equal(torch.cat(x[:4]), torch.cat(x[4:])) for x in seen)
 
 
 def test_the_finer_codes_of_every_frame_are_learnt_in_turn(run, tmp_path):
-    learnt, forward = [], HybridGPT.forward
-
-    def recorded(self, *args, **more):
-        if self.training:
-            learnt.append(more["depth_frames"].tolist())
-        return forward(self, *args, **more)
-    with mock.patch.object(HybridGPT, "forward", recorded):
+    with spy(HybridGPT, "forward") as calls:
         assert run(tmp_path, "--steps", 8, "--eval-every", 8).code == 0
+    learnt = [call.kwargs["depth_frames"].tolist() for call in in_training(calls)]
     assert sorted(sum(learnt, [])) == list(range(32)) and all(len(frames) == 4 for frames in learnt)
     result = run(tmp_path, "--context", 4, "--steps", 8, "--eval-every", 8, "--out", "short.pt")
     assert result.code == 0 and all(math.isfinite(entry["loss"]) for entry in log_of(tmp_path / "short.jsonl")
@@ -252,19 +262,6 @@ def test_fields_of_the_model_can_be_set_and_the_mel_can_look_ahead(run, tmp_path
     assert scored["window"] == [300, 20]
 
 
-def test_eval_shows_the_mel_of_training_or_the_one_asked_for(run, trained):
-    figures = [json.loads(run(trained, "--eval", "out.pt", "--device", "cpu", *options, small=False).out)
-               for options in ([], ["--mel-codebooks", 8], ["--mel-codebooks", 1], ["--mel-codebooks", 0])]
-    assert [f["mel_codebooks"] for f in figures] == [8, 8, 1, 0]
-    nll = [f["val_nll"] for f in figures]
-    assert nll[0] == nll[1] == evaluations(trained / "out.jsonl")[-1]["val_nll"] and len({*nll}) == 3
-
-
-def test_more_codebooks_than_the_codec_has_are_refused(run, tmp_path):
-    assert_refused(run(tmp_path, "--n-codebooks", 9), "8 codebooks", "--n-codebooks")
-    assert_refused(run(tmp_path, "--mel-codebooks", 9), "8 codebooks")
-
-
 def test_splitting_a_batch_into_parts_changes_nothing(run, tmp_path):
     """With clips shorter than the context, so that the parts hold different numbers of targets."""
     folder = write_clips(tmp_path / "short", [0.1, 0.7, 0.15, 0.2, 0.6, 0.1, 0.3])
@@ -278,6 +275,197 @@ def test_splitting_a_batch_into_parts_changes_nothing(run, tmp_path):
     assert len(losses[0]) == 1
     np.testing.assert_allclose(losses, np.tile(losses[0], (3, 1)), rtol=1e-5)
     np.testing.assert_allclose(figures, figures[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("options, K", [(["--n-codebooks", 1], 1), (["--n-codebooks", 3], 3),
+                                        (["--n-codebooks", 1, "--set", "n_input_codebooks=5"], 5)])
+def test_batches_hold_the_codes_that_the_model_uses_and_no_more(run, tmp_path, options, K):
+    with spy(HybridGPT, "forward") as calls:
+        assert run(tmp_path, *options, "--steps", 1).code == 0
+    assert {x.shape[1] for call in calls.call_args_list for x in (call.args[1], call.args[3])} == {K}
+
+
+def test_batches_are_drawn_as_the_options_say_and_those_of_stretches_are_as_large_as_others(run, tmp_path):
+    with spy(data.Dataset, "batch") as drawn, spy(HybridGPT, "forward") as calls:
+        assert run(tmp_path, "--batch-size", 4, "--stretch", 64, "--seed", 5).code == 0
+    assert [call.args[1:] for call in drawn.call_args_list] == [(5, step, 4, 32, 64, 8) for step in range(4)]
+    assert {call.args[1].shape for call in in_training(calls)} == {(4, 8, 32)}
+
+
+def test_every_other_crop_is_shown_the_mel_that_is_mixed_in(run, tmp_path):
+    shown = {}
+    for name, options in {"decoded": ["--mel-codebooks", 8], "recorded": ["--mel-codebooks", 0],
+                          "mixed": ["--mel-codebooks", 8, "--mix", 0]}.items():
+        with spy(HybridGPT, "forward") as calls:
+            assert run(tmp_path, "--batch-size", 4, "--out", f"{name}.pt", *options).code == 0
+        shown[name] = [call.args[2] for call in in_training(calls)]
+    for step, (decoded, recorded, mixed) in enumerate(zip(*shown.values())):
+        assert not torch.equal(decoded, recorded)
+        assert torch.equal(mixed[step % 2::2], recorded[step % 2::2])
+        assert torch.equal(mixed[1 - step % 2::2], decoded[1 - step % 2::2])
+    facts = load_checkpoint(tmp_path / "mixed.pt")[1]
+    assert step == 3 and facts["mel_codebooks"] == 8 and facts["mix"] == 0
+
+
+def test_own_details_are_the_mel_of_the_right_coarse_codes_and_of_finer_ones_drawn_from_the_model(run, trained):
+    model, checkpoint = load_checkpoint(trained / "out.pt")
+    codec = load_codec(checkpoint["codec"])
+    codes, mel, targets = data.Dataset(run.cache / checkpoint["data_key"]).batch(0, 0, 2, 32)
+    targets[1, :, 20:], mel[1, 21:] = IGNORE, 0                                   # the end of a short clip
+    asked = []
+
+    def sure(self, x, latest, cache):
+        """The latest code plus one, beyond all doubt."""
+        asked.append((self.training, latest.shape))
+        return 1e4 * torch.nn.functional.one_hot((latest + 1) % 1024, 1024).float()
+    with mock.patch.object(HybridGPT, "finer_logits", sure):
+        own = train.own_details(model.train(), codec, codes, mel, targets)
+    coarse = targets[:, :1].clamp(min=0)                                          # (2, 1, 32)
+    expected = log_mel(codec.decode((coarse + torch.arange(8)[:, None]) % 1024))
+    assert own.shape == mel.shape and model.training and asked == 7 * [(False, (64, 1))]      # without dropout
+    assert torch.allclose(own[:, 1:], expected[:, :-1], atol=1e-4) and torch.equal(own[:, 0].half(), mel[:, 0])
+    asked.clear()
+    with mock.patch.object(HybridGPT, "finer_logits", sure), mock.patch.object(train, "MOST_FRAMES", 48):
+        assert torch.equal(train.own_details(model, codec, codes, mel, targets), own)
+    assert [shape for _, shape in asked] == 7 * [(48, 1)] + 7 * [(16, 1)]         # no more at once
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(train.own_details(model, codec, codes, mel, targets))
+    one, same, other = drawn
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_every_other_crop_is_shown_its_own_details(run, tmp_path):
+    with spy(HybridGPT, "forward") as calls:
+        for options in ([], ["--own-details"], ["--own-details", "--accumulate", 4]):
+            assert run(tmp_path, "--batch-size", 4, *options, "--steps", 2, "--out", f"{len(options)}.pt").code == 0
+    shown = [call.args[2] for call in in_training(calls)]
+    for step in range(2):
+        usual, own = shown[step], shown[2 + step]
+        assert torch.equal(own[1 - step % 2::2], usual[1 - step % 2::2])
+        assert all(not torch.equal(a, b) for a, b in zip(own[step % 2::2], usual[step % 2::2]))
+    assert [len(mel) for mel in shown] == [4] * 4 + [1] * 8                       # of one row: in every other step
+    assert torch.equal(torch.cat(shown[8:]), shown[1]) and not torch.equal(torch.cat(shown[4:8]), shown[0])
+
+
+def test_the_loss_is_that_of_the_coarse_code_plus_the_mean_of_the_finer_ones(run, tmp_path):
+    seen, forward = [], HybridGPT.forward
+
+    def recorded(self, *args, **more):
+        logits, losses = forward(self, *args, **more)
+        seen.extend([losses.detach()] * self.training)
+        return logits, losses
+    with mock.patch.object(HybridGPT, "forward", recorded):
+        assert run(tmp_path, "--steps", 1).code == 0
+    [losses], [loss] = seen, [entry["loss"] for entry in log_of(tmp_path / "out.jsonl") if "loss" in entry]
+    assert loss == pytest.approx((losses[0] + losses[1:].mean()).item(), rel=1e-5)
+
+
+def test_bfloat16_is_what_is_computed_in_and_float32_what_is_scored_in(run, tmp_path):
+    seen, forward = [], HybridGPT.forward
+
+    def recorded(self, *args, **more):
+        logits, losses = forward(self, *args, **more)
+        seen.append(logits.dtype)
+        return logits, losses
+    with mock.patch.object(HybridGPT, "forward", recorded), spy(train.F, "cross_entropy") as scored:
+        assert run(tmp_path, "--dtype", "bfloat16").code == 0 and set(seen) == {torch.bfloat16}
+        seen.clear()
+        run(tmp_path, "--eval", "out.pt", "--dtype", "bfloat16", "--device", "cpu", small=False)
+        assert set(seen) == {torch.bfloat16}
+    assert {call.args[0].dtype for call in scored.call_args_list} == {torch.float32}
+
+
+def test_every_step_and_seed_draws_its_own_dropout(run, tmp_path):
+    seeds, forward = [], HybridGPT.forward
+
+    def recorded(self, *args, **more):
+        if self.training:
+            seeds.append(torch.initial_seed())
+        return forward(self, *args, **more)
+    with mock.patch.object(HybridGPT, "forward", recorded):
+        assert run(tmp_path).code == 0
+        assert run(tmp_path, "--seed", 1, "--out", "other.pt").code == 0
+    assert len(seeds) == len(set(seeds)) == 8
+
+
+# ----------------------------------------------------------------------------- the optimiser and its schedule
+
+@pytest.mark.parametrize("model, defaults", [("hybrid", (1e-3, "mini", 1, 512, 0)),
+                                             *((model, (1.2e-2, "mini", 8, 256, 8)) for model in ("nano", "nano-gpt"))])
+def test_what_a_model_is_trained_with_unless_told_otherwise(model, defaults):
+    args = SimpleNamespace(codec=None, dataset="speech", lr=None, n_codebooks=None, context=None, mel_codebooks=None,
+                           model=model)
+    train.fill_defaults(args)
+    assert (args.lr, args.codec, args.n_codebooks, args.context, args.mel_codebooks) == defaults
+
+
+def test_the_learning_rate_warms_up_linearly_and_falls_to_a_tenth():
+    args = SimpleNamespace(lr=2.0, warmup=10, steps=110)
+    rates = [train.learning_rate(step, args) for step in range(111)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 0.2)
+    assert rates[10] == 2.0 and math.isclose(rates[60], 1.1) and math.isclose(rates[110], 0.2)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert train.learning_rate(0, SimpleNamespace(lr=2.0, warmup=0, steps=5)) == 2.0
+
+
+def test_embeddings_do_not_decay_and_rates_betas_and_dropout_are_as_meant(trained):
+    model, checkpoint = load_checkpoint(trained / "out.last.pt")
+    decayed, others = checkpoint["optimizer"]["param_groups"]
+    names = [name for name, _ in model.named_parameters()]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert len(others["params"]) == len([n for n in names if "embedding" in n]) == 2
+    assert len(decayed["params"]) == len(names) - 2
+    assert tuple(decayed["betas"]) == (0.9, 0.95)
+    assert decayed["lr"] == others["lr"] == pytest.approx(1.2e-2 * 4 / 30)
+    assert checkpoint["config"]["dropout"] == 0.1
+
+
+def test_gradients_are_clipped(run, tmp_path):
+    """AdamW does not mind how large gradients are, unless they vanish beside its epsilon."""
+    assert run(tmp_path, "--clip", 1e-12, "--weight-decay", 0).code == 0
+    first, *_, last = evaluations(tmp_path / "out.jsonl")
+    assert last["val_nll"] == pytest.approx(first["val_nll"], abs=1e-3)
+
+
+# ----------------------------------------------------------------------------- scoring
+
+def test_eval_prints_the_figures_of_the_log_and_trains_nothing(run, trained):
+    before = {p.name: p.read_bytes() for p in trained.iterdir()}
+    result = run(trained, "--eval", "out.pt", "--device", "cpu", small=False)
+    assert result.code == 0, result.err
+    printed = json.loads(result.out.strip().splitlines()[-1])
+    best = min(evaluations(trained / "out.jsonl"), key=lambda entry: entry["val_nll"])
+    assert abs(printed["val_nll"] - best["val_nll"]) < 1e-5
+    assert printed["val_acc"] == best["val_acc"] and printed["unigram_nll"] == best["unigram_nll"]
+    assert printed["n_params"] == best["n_params"]
+    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
+
+
+def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
+    folder = write_clips(tmp_path / "others", [0.9, 1.0])
+    result = run(trained, "--eval", "out.pt", "--dataset", folder, "--device", "cpu", small=False)
+    figures = json.loads(result.out)
+    assert result.code == 0 and figures["dataset"] == str(folder)
+    assert figures["clip_targets"] in ([67], [75])
+    assert figures["val_nll"] != evaluations(trained / "out.jsonl")[-1]["val_nll"]
+
+
+def test_eval_shows_the_mel_of_training_or_the_one_asked_for(run, trained):
+    figures = [json.loads(run(trained, "--eval", "out.pt", "--device", "cpu", *options, small=False).out)
+               for options in ([], ["--mel-codebooks", 8], ["--mel-codebooks", 1], ["--mel-codebooks", 0])]
+    assert [f["mel_codebooks"] for f in figures] == [8, 8, 1, 0]
+    nll = [f["val_nll"] for f in figures]
+    assert nll[0] == nll[1] == evaluations(trained / "out.jsonl")[-1]["val_nll"] and len({*nll}) == 3
+
+
+def test_figures_that_nobody_reads_are_no_success(trained, own_clips):
+    score = [sys.executable, SCRIPT, "--eval", trained / "out.pt", "--dataset", own_clips, "--device", "cpu"]
+    with subprocess.Popen(score, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGHUP and '"val_nll"' in err and "Error" not in err, err
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 6, 7])
@@ -295,6 +483,30 @@ def test_an_evaluation_leaves_the_model_in_the_mode_it_was_in(run, trained, trai
     model, checkpoint = load_checkpoint(trained / "out.pt")
     train.evaluate(model.train(training), data.Dataset(run.cache / checkpoint["data_key"]))
     assert model.training == training
+
+
+def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(run, tmp_path):
+    with spy(data.Dataset, "validation") as calls:
+        assert run(tmp_path, "--batch-size", 4, "--accumulate", 2).code == 0
+        model, checkpoint = load_checkpoint(tmp_path / "out.pt")
+        train.evaluate(model, data.Dataset(run.cache / checkpoint["data_key"]), 10**6)
+    *sizes, most = [call.args[2] for call in calls.call_args_list]
+    assert set(sizes) == {2} and most == 65_535 // 32         # as many frames as CUDA's attention takes
+
+
+@torch.no_grad()
+def test_accuracy_and_finer_nll_are_the_models(run, trained):
+    model, checkpoint = load_checkpoint(trained / "out.pt")
+    dataset = data.Dataset(run.cache / checkpoint["data_key"])
+    figures = train.evaluate(model, dataset, 2)
+    counts = np.array(figures["clip_targets"])
+    hits, finer = 0, torch.zeros(7)
+    for codes, mel, targets, _ in dataset.validation(32, 1):
+        logits, losses = model(codes, mel, targets)
+        hits += (logits.argmax(-1) == targets[:, 0]).sum().item()
+        finer += losses[1:] * (targets[:, 0] != IGNORE).sum()
+    assert figures["val_acc"] == hits / counts.sum() > 0
+    assert figures["val_nll_finer"] == pytest.approx((finer / counts.sum()).tolist(), abs=1e-3)
 
 
 # ----------------------------------------------------------------------------- going on after an interruption
@@ -347,6 +559,22 @@ def test_a_run_may_be_resumed_with_its_own_options_its_defaults_too(run, tmp_pat
     assert run(tmp_path, "--resume", *defaults, small=False).code == 0
 
 
+def test_a_resumed_run_has_all_options_of_its_beginning(run, tmp_path):
+    options = ["--warmup", 3, "--clip", 0.5, "--weight-decay", 0.2, "--lr", 0.01, "--accumulate", 2, "--seed", 7,
+               "--dropout", 0.2, "--stretch", 64]
+    assert run(tmp_path, *options).code == 0 and run(tmp_path, "--resume", small=False).code == 0
+    begun, resumed = [entry["args"] for entry in log_of(tmp_path / "out.jsonl") if "args" in entry]
+    assert begun == resumed
+
+
+def test_the_time_of_a_resumed_run_goes_on(run, trained, tmp_path):
+    for name in ("out.pt", "out.last.pt", "out.jsonl"):
+        shutil.copy(trained / name, tmp_path)
+    save(tmp_path / "out.last.pt", torch.load(tmp_path / "out.last.pt", weights_only=True) | {"seconds": 1000.0})
+    assert run(tmp_path, "--resume", small=False).code == 0
+    assert 1000 <= evaluations(tmp_path / "out.jsonl")[-1]["seconds"] < 1100
+
+
 def test_resuming_with_another_option_is_refused(run, trained):
     assert_refused(run(trained, "--resume", "--lr", 0.5, small=False), "--lr", "0.012")
     assert_refused(run(trained, "--resume", "--batch-size=4", small=False), "--batch-size")
@@ -356,16 +584,6 @@ def test_resuming_with_another_option_is_refused(run, trained):
 def test_resuming_without_a_state_is_refused_and_makes_no_file(run, tmp_path):
     assert_refused(run(tmp_path, "--resume", small=False), "out.last.pt")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_log_is_on_the_disk_before_the_checkpoint_that_remembers_its_length(run, tmp_path, monkeypatch):
-    done, log = [], tmp_path / "out.jsonl"
-    is_log = lambda file: log.exists() and os.path.samestat(os.fstat(file), log.stat())
-    monkeypatch.setattr(os, "fsync", lambda file: done.append(is_log(file)))
-    monkeypatch.setattr("model.save", lambda path, content: (done.append(path.name), save(path, content)))
-    assert run(tmp_path).code == 0
-    saves = [i for i, what in enumerate(done) if what == "out.last.pt"]
-    assert len(saves) == 3 and all(done[i - 1] is True for i in saves)
 
 
 def test_resuming_from_a_model_without_training_state_is_refused(run, trained, tmp_path):
@@ -381,6 +599,29 @@ def test_resuming_after_the_data_changed_is_refused(run, clips, tmp_path):
     (tmp_path / "other" / "0.wav").rename(folder / "0.wav")
     assert_refused(run(tmp_path, "--resume", small=False), "other audio")
     assert (tmp_path / "out.jsonl").read_bytes() == log
+
+
+def test_resuming_without_the_best_checkpoint_writes_one(run, tmp_path):
+    assert run(tmp_path).code == 0
+    (tmp_path / "out.pt").unlink()
+    assert run(tmp_path, "--resume", small=False).code == 0
+    assert load_checkpoint(tmp_path / "out.pt")[1]["step"] == 4
+
+
+def test_a_worse_model_does_not_replace_the_best_after_resuming_either(run, trained, tmp_path):
+    last = torch.load(trained / "out.last.pt", weights_only=True)
+    save(tmp_path / "out.last.pt", last | {"best": last["best"] - 1})
+    (tmp_path / "out.pt").write_text("the best so far")
+    assert run(tmp_path, "--resume", small=False).code == 0
+    assert (tmp_path / "out.pt").read_text() == "the best so far"
+
+
+def test_a_log_that_breaks_off_in_mid_line_is_no_obstacle(run, trained, tmp_path):
+    shutil.copy(trained / "out.last.pt", tmp_path)
+    (tmp_path / "out.jsonl").write_bytes((trained / "out.jsonl").read_bytes()[:-20])
+    assert run(tmp_path, "--resume", small=False).code == 0
+    figures = [[e["val_nll"] for e in evaluations(folder / "out.jsonl")] for folder in (trained, tmp_path)]
+    assert figures[0] == figures[1]
 
 
 def test_a_run_continues_where_the_same_audio_lies_elsewhere(run, tmp_path):
@@ -411,251 +652,15 @@ def test_a_run_continues_where_its_codec_has_another_name(run, tmp_path, tiny_co
     assert resumed.code == 0, resumed.err
 
 
-def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(run, tmp_path):
-    sizes, validation = [], data.Dataset.validation
-
-    def recorded(self, context, batch_size, *args):
-        sizes.append(batch_size)
-        return validation(self, context, batch_size, *args)
-    with mock.patch.object(data.Dataset, "validation", recorded):
-        assert run(tmp_path, "--batch-size", 4, "--accumulate", 2).code == 0
-        assert set(sizes) == {2}
-        model, checkpoint = load_checkpoint(tmp_path / "out.pt")
-        train.evaluate(model, data.Dataset(run.cache / checkpoint["data_key"]), 10**6)
-    assert sizes[-1] == 65_535 // 32                          # as many frames as CUDA's attention takes
-
-
-@pytest.mark.parametrize("options, K", [(["--n-codebooks", 1], 1), (["--n-codebooks", 3], 3),
-                                        (["--n-codebooks", 1, "--set", "n_input_codebooks=5"], 5)])
-def test_batches_hold_the_codes_that_the_model_uses_and_no_more(run, tmp_path, options, K):
-    shapes, gather = set(), data.Dataset.gather
-
-    def recorded(self, *args):
-        rows = gather(self, *args)
-        shapes.update((rows[0].shape[1], rows[2].shape[1]))
-        return rows
-    with mock.patch.object(data.Dataset, "gather", recorded):
-        assert run(tmp_path, *options, "--steps", 1).code == 0
-    assert shapes == {K}
-
-
-def test_batches_of_stretches_are_as_large_as_others(run, tmp_path):
-    drawn, batch = set(), data.Dataset.batch
-
-    def recorded(self, *args):
-        rows = batch(self, *args)
-        drawn.add((*args[2:], tuple(rows[0].shape)))
-        return rows
-    with mock.patch.object(data.Dataset, "batch", recorded):
-        assert run(tmp_path, "--batch-size", 4, "--stretch", 64).code == 0
-    assert drawn == {(4, 32, 64, 8, (4, 8, 32))}
-
-
-def test_every_other_crop_is_shown_the_mel_that_is_mixed_in(run, tmp_path):
-    shown, forward = {}, HybridGPT.forward
-    for name, options in {"decoded": ["--mel-codebooks", 8], "recorded": ["--mel-codebooks", 0],
-                          "mixed": ["--mel-codebooks", 8, "--mix", 0]}.items():
-        mels = shown[name] = []
-
-        def recorded(self, codes, mel, *args, **more):
-            if self.training:
-                mels.append(mel)
-            return forward(self, codes, mel, *args, **more)
-        with mock.patch.object(HybridGPT, "forward", recorded):
-            assert run(tmp_path, "--batch-size", 4, "--out", f"{name}.pt", *options).code == 0
-    for step, (decoded, recorded, mixed) in enumerate(zip(*shown.values())):
-        assert not torch.equal(decoded, recorded)
-        assert torch.equal(mixed[step % 2::2], recorded[step % 2::2])
-        assert torch.equal(mixed[1 - step % 2::2], decoded[1 - step % 2::2])
-    facts = load_checkpoint(tmp_path / "mixed.pt")[1]
-    assert step == 3 and facts["mel_codebooks"] == 8 and facts["mix"] == 0
-
-
-def test_own_details_are_the_mel_of_the_right_coarse_codes_and_of_finer_ones_drawn_from_the_model(run, trained):
-    model, checkpoint = load_checkpoint(trained / "out.pt")
-    codec = load_codec(checkpoint["codec"])
-    codes, mel, targets = data.Dataset(run.cache / checkpoint["data_key"]).batch(0, 0, 2, 32)
-    targets[1, :, 20:], mel[1, 21:] = IGNORE, 0                                   # the end of a short clip
-    asked = []
-
-    def sure(self, x, latest, cache):
-        """The latest code plus one, beyond all doubt."""
-        asked.append((self.training, latest.shape))
-        return 1e4 * torch.nn.functional.one_hot((latest + 1) % 1024, 1024).float()
-    with mock.patch.object(HybridGPT, "finer_logits", sure):
-        own = train.own_details(model.train(), codec, codes, mel, targets)
-    coarse = targets[:, :1].clamp(min=0)                                          # (2, 1, 32)
-    expected = log_mel(codec.decode((coarse + torch.arange(8)[:, None]) % 1024))
-    assert own.shape == mel.shape and model.training and asked == 7 * [(False, (64, 1))]      # without dropout
-    assert torch.allclose(own[:, 1:], expected[:, :-1], atol=1e-4) and torch.equal(own[:, 0].half(), mel[:, 0])
-    asked.clear()
-    with mock.patch.object(HybridGPT, "finer_logits", sure), mock.patch.object(train, "MOST_FRAMES", 48):
-        assert torch.equal(train.own_details(model, codec, codes, mel, targets), own)
-    assert [shape for _, shape in asked] == 7 * [(48, 1)] + 7 * [(16, 1)]         # no more at once
-    drawn = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        drawn.append(train.own_details(model, codec, codes, mel, targets))
-    one, same, other = drawn
-    assert torch.equal(one, same) and not torch.equal(one, other)
-
-
-def test_every_other_crop_is_shown_its_own_details(run, tmp_path):
-    shown, forward = [], HybridGPT.forward
-
-    def recorded(self, codes, mel, *args, **more):
-        if self.training:
-            shown.append(mel.clone())
-        return forward(self, codes, mel, *args, **more)
-    for options in ([], ["--own-details"], ["--own-details", "--accumulate", 4]):
-        with mock.patch.object(HybridGPT, "forward", recorded):
-            assert run(tmp_path, "--batch-size", 4, *options, "--steps", 2, "--out", f"{len(options)}.pt").code == 0
-    for step in range(2):
-        usual, own = shown[step], shown[2 + step]
-        assert torch.equal(own[1 - step % 2::2], usual[1 - step % 2::2])
-        assert all(not torch.equal(a, b) for a, b in zip(own[step % 2::2], usual[step % 2::2]))
-    assert [len(mel) for mel in shown] == [4] * 4 + [1] * 8                       # of one row: in every other step
-    assert torch.equal(torch.cat(shown[8:]), shown[1]) and not torch.equal(torch.cat(shown[4:8]), shown[0])
-
-
-def test_a_mel_to_mix_in_that_cannot_be_had_is_refused_before_any_work(run, tmp_path):
-    folder, before = write_clips(tmp_path / "own", [0.5, 0.5]), set(run.cache.iterdir())
-    assert_refused(run(tmp_path, "--dataset", folder, "--mix", 9), "8 codebooks")
-    assert_refused(run(tmp_path, "--dataset", folder, "--n-codebooks", 1, "--lookahead", 9, "--mix", 8), "--mix")
-    assert set(run.cache.iterdir()) == before
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
-    "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
-def test_too_little_memory_is_one_clear_line(run, tmp_path, error):
-    with mock.patch.object(HybridGPT, "backbone", side_effect=error):
-        assert_refused(run(tmp_path), "out of memory", "--accumulate")
-
-
-def test_what_another_training_writes_is_left_alone(run, tmp_path):
-    hold = "import fcntl; log = open('out.jsonl', 'a'); fcntl.lockf(log, fcntl.LOCK_EX); print(flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        assert_refused(run(tmp_path), "another training is writing out.jsonl", "--out")
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl"]
-        other.communicate(b"\n")
-    assert run(tmp_path).code == 0                            # an empty log is nothing that could be lost
-
-
-def test_a_second_training_is_refused_while_the_first_prepares(run, tmp_path):
-    refused, prepare = [], functools.partial(data.prepare, cache=run.cache, quiet=True)
-
-    def meanwhile(*args, **options):
-        second = [sys.executable, SCRIPT, "--device", "cpu", "--overwrite", "--dataset", "nowhere"]
-        refused.append(subprocess.run(second, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
-        return prepare(*args, **options)
-    assert run_script(tmp_path, SCRIPT, *run.options, prepare=meanwhile).code == 0
-    [second] = refused
-    assert_refused(SimpleNamespace(code=second.returncode, err=second.stderr), "another training is writing out.jsonl")
-
-
-def test_a_log_that_cannot_be_written_costs_no_earlier_run(run, tmp_path):
-    (tmp_path / "out.last.pt").write_bytes(b"precious")
-    (tmp_path / "out.jsonl").mkdir()
-    assert_refused(run(tmp_path, "--overwrite"), "cannot write out.jsonl")
-    assert (tmp_path / "out.last.pt").exists()
-
-
-def test_a_folder_that_cannot_be_written_is_found_at_the_start_even_if_its_log_can(run, trained, tmp_path):
-    for name in ("out.pt", "out.last.pt", "out.jsonl"):
-        shutil.copy(trained / name, tmp_path)
-    before = (tmp_path / "out.jsonl").read_text()
-    with mock.patch.object(os, "access", return_value=False):                     # root may write anywhere
-        for option in ("--overwrite", "--resume"):
-            refused = run(tmp_path, option, small=option == "--overwrite")
-            assert_refused(refused, "cannot write out.jsonl", "its folder")
-    assert (tmp_path / "out.last.pt").exists() and (tmp_path / "out.jsonl").read_text() == before
-
-
-def test_every_process_refuses_to_overwrite_an_earlier_run(tmp_path):
-    (tmp_path / "out.pt").write_bytes(b"precious")
-    files = [tmp_path / name for name in ("out.pt", "out.last.pt", "out.jsonl")]
-    for master in (True, False):
-        with mock.patch.object(train, "MASTER", master), pytest.raises(SystemExit, match="out.pt exists"):
-            train.open_log(SimpleNamespace(resume=False, overwrite=False), *files)
-
-
-@pytest.mark.parametrize("name", ["abacus", "meta", "hpu", "cpu:cpu"])
-def test_a_device_that_cannot_compute_is_one_clear_line(run, tmp_path, name):
-    assert_refused(run(tmp_path, "--device", name), f"device '{name}' cannot be used here", "--device cpu")
-
-
-def test_a_checkpoint_names_dataset_and_codec_by_their_whole_paths(run, tmp_path, tiny_codec_file):
-    write_clips(tmp_path / "own", [0.9, 1.0])
-    shutil.copy(tiny_codec_file, tmp_path / "mine.pt")
-    assert run(tmp_path, "--dataset", "own", "--codec", "mine.pt").code == 0
-    _, checkpoint = load_checkpoint(tmp_path / "out.pt")
-    assert (checkpoint["dataset"], checkpoint["codec"]) == (str(tmp_path / "own"), str(tmp_path / "mine.pt"))
-
-
-def test_an_error_of_ours_is_not_blamed_on_the_memory(run, tmp_path):
-    with mock.patch.object(HybridGPT, "backbone", side_effect=RuntimeError("shapes do not fit")):
-        with pytest.raises(RuntimeError, match="shapes do not fit"):
-            run(tmp_path)
-
-
-def test_only_who_can_be_sampled_is_said_to_be(run, trained, tmp_path):
-    assert "hear it with: python sample.py --ckpt out.pt" in (trained / "stdout").read_text()
-    ended = run(tmp_path, "--steps", 1, "--n-codebooks", 1, "--lookahead", 9)
-    assert ended.code == 0 and ended.out.endswith(" above the unigram figure) in out.pt\n")      # one step is nothing
-
-
 def test_a_run_can_continue_where_the_memory_is_smaller(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes, backbone = [], HybridGPT.backbone
-
-    def recorded(self, codes, *args, **more):
-        sizes.append(len(codes)) if self.training else None
-        return backbone(self, codes, *args, **more)
-    with mock.patch.object(HybridGPT, "backbone", recorded):
+    with spy(HybridGPT, "forward") as calls:
         assert run(tmp_path, "--steps", 1).code == 0
         state = torch.load("out.last.pt", weights_only=True)
         state["args"]["steps"] = 2
         torch.save(state, "out.last.pt")
         assert run(tmp_path, "--resume", "--accumulate", 2, "--device", "cpu", small=False).code == 0
-    assert sizes == [2, 1, 1]
-
-
-def test_a_rank_and_a_number_of_processes_alone_are_not_torchruns():
-    command = [sys.executable, "-c", "import train; print(train.RANK, train.WORLD)"]
-    torchruns = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    for names, printed in ((torchruns[:1], "0 1"), (torchruns[1:2], "0 1"), (torchruns[:2], "0 1"), (torchruns, "2 2")):
-        env = {k: v for k, v in os.environ.items() if k not in torchruns} | dict.fromkeys(names, "2")
-        done = subprocess.run(command, cwd=SCRIPT.parent, env=env, capture_output=True, text=True)
-        assert done.stdout.strip() == printed, done.stderr
-
-
-def test_the_loss_is_that_of_the_coarse_code_plus_the_mean_of_the_finer_ones(run, tmp_path):
-    seen, forward = [], HybridGPT.forward
-
-    def recorded(self, *args, **more):
-        logits, losses = forward(self, *args, **more)
-        seen.extend([losses.detach()] * self.training)
-        return logits, losses
-    with mock.patch.object(HybridGPT, "forward", recorded):
-        assert run(tmp_path, "--steps", 1).code == 0
-    [losses], [loss] = seen, [entry["loss"] for entry in log_of(tmp_path / "out.jsonl") if "loss" in entry]
-    assert loss == pytest.approx((losses[0] + losses[1:].mean()).item(), rel=1e-5)
-
-
-def test_bfloat16_is_what_is_computed_in(run, tmp_path):
-    seen, forward = [], HybridGPT.forward
-
-    def recorded(self, *args, **more):
-        logits, losses = forward(self, *args, **more)
-        seen.append(logits.dtype)
-        return logits, losses
-    with mock.patch.object(HybridGPT, "forward", recorded):
-        assert run(tmp_path, "--dtype", "bfloat16").code == 0 and set(seen) == {torch.bfloat16}
-        seen.clear()
-        run(tmp_path, "--eval", "out.pt", "--dtype", "bfloat16", "--device", "cpu", small=False)
-        assert set(seen) == {torch.bfloat16}
+    assert [len(call.args[1]) for call in in_training(calls)] == [2, 1, 1]
 
 
 def test_resuming_keeps_the_number_format_of_the_run_unless_told_otherwise(run, tmp_path):
@@ -672,19 +677,11 @@ def test_a_run_that_was_compiled_can_continue_without(run, tmp_path, monkeypatch
     assert len(compiled) == 1
 
 
-def test_resuming_without_the_best_checkpoint_writes_one(run, tmp_path):
-    assert run(tmp_path).code == 0
-    (tmp_path / "out.pt").unlink()
-    assert run(tmp_path, "--resume", small=False).code == 0
-    assert load_checkpoint(tmp_path / "out.pt")[1]["step"] == 4
-
+# ----------------------------------------------------------------------------- signals, kills and other ends
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_with_its_state_saved_and_says_how_to_go_on(own_clips, tiny_codec_file, tmp_path,
-                                                                           number, code):
-    process = subprocess.Popen([sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file,
-                                "--steps", "100000", "--eval-every", "100000", "--context", "32", "--batch-size", "2",
-                                "--device", "cpu", "--model", "nano"], cwd=tmp_path, text=True,
+def test_a_signal_ends_the_run_with_its_state_saved_and_says_how_to_go_on(command, tmp_path, number, code):
+    process = subprocess.Popen(command("--steps", 100_000, "--eval-every", 100_000), cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))       # as nohup does
     try:
@@ -701,14 +698,12 @@ def test_a_signal_ends_the_run_with_its_state_saved_and_says_how_to_go_on(own_cl
     assert step >= 20 and f"stopped at step {step};" in out
 
 
-def test_a_closed_terminal_ends_the_run_with_its_state_saved(own_clips, tiny_codec_file, tmp_path):
+def test_a_closed_terminal_ends_the_run_with_its_state_saved(command, tmp_path):
     """As when the connection to a remote machine breaks: to print anything more would be an error."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
-        os.execv(sys.executable, [sys.executable, str(SCRIPT), "--dataset", str(own_clips), "--codec",
-                                  str(tiny_codec_file), "--steps", "100000", "--eval-every", "100000", "--context",
-                                  "32", "--batch-size", "2", "--device", "cpu", "--model", "nano"])
+        os.execv(sys.executable, command("--steps", 100_000, "--eval-every", 100_000))
     try:
         with open(terminal, errors="replace") as screen:
             assert any(line.startswith("step    20") for line in screen)
@@ -731,14 +726,11 @@ def test_a_terminal_that_fails_before_its_signal_comes_costs_nothing_either(run,
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_while_preparing_ends_the_run_without_a_word(own_clips, tiny_codec_file, tmp_path, number, code):
-    """Nothing is trained yet, and the same command goes on with what is missing."""
+def test_a_signal_while_preparing_ends_the_run_without_a_word(command, own_clips, tmp_path, number, code):
     shutil.rmtree(own_clips)
     write_clips(own_clips, [16] * 12)                         # so much that it cannot be over before the signal
-    command = [sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file, "--steps", "1", "--context",
-               "32", "--batch-size", "2", "--device", "cpu", "--model", "nano"]
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)      # a shell's background jobs do not
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen(command(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, preexec_fn=listen)
     try:
         while not list(data.CACHE.glob(f".{own_clips.name}-*/clips/*.part")):
@@ -749,8 +741,7 @@ def test_a_signal_while_preparing_ends_the_run_without_a_word(own_clips, tiny_co
     finally:
         process.kill()
     assert process.returncode in (code, -number) and "Traceback" not in err, err
-    assert [(p.name, p.stat().st_size) for p in tmp_path.iterdir()] == [("out.jsonl", 0)]
-    assert subprocess.run(command, cwd=tmp_path, timeout=120).returncode == 0
+    assert [(p.name, p.stat().st_size) for p in tmp_path.iterdir()] == [("out.jsonl", 0)]     # nothing is trained yet
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(run, tmp_path):
@@ -769,11 +760,35 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(run, tmp_path):
     assert run(tmp_path, "--resume", small=False).code == 0
 
 
+def test_a_signal_does_not_save_what_has_diverged(run, tmp_path):
+    batch = data.Dataset.batch
+
+    def spoilt(self, seed, step, *args):
+        codes, mel, targets = batch(self, seed, step, *args)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            mel = mel * math.nan
+        return codes, mel, targets
+    with mock.patch.object(data.Dataset, "batch", spoilt):
+        assert_refused(run(tmp_path), "no longer finite at step 3", "out.last.pt")
+    assert load_checkpoint(tmp_path / "out.last.pt")[1]["step"] == 2
+
+
 def test_an_interrupted_save_leaves_the_old_checkpoint_whole(tmp_path):
     save(tmp_path / "a.pt", {"x": 1})
     with pytest.raises(Exception):
         save(tmp_path / "a.pt", {"x": 2, "y": lambda: "not to be pickled"})
     assert torch.load(tmp_path / "a.pt", weights_only=True) == {"x": 1}
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_remembers_its_length(run, tmp_path, monkeypatch):
+    done, log = [], tmp_path / "out.jsonl"
+    is_log = lambda file: log.exists() and os.path.samestat(os.fstat(file), log.stat())
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(is_log(file)))
+    monkeypatch.setattr("model.save", lambda path, content: (done.append(path.name), save(path, content)))
+    assert run(tmp_path).code == 0
+    saves = [i for i, what in enumerate(done) if what == "out.last.pt"]
+    assert len(saves) == 3 and all(done[i - 1] is True for i in saves)
 
 
 def without_times(path):
@@ -783,11 +798,9 @@ def without_times(path):
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(own_clips, tiny_codec_file, tmp_path, kills):
+def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(command, own_clips, tmp_path, kills):
     def start(out, *options):
-        return subprocess.Popen([sys.executable, SCRIPT, "--dataset", own_clips, "--codec", tiny_codec_file,
-                                 "--steps", str(30 * kills), "--eval-every", "3", "--context", "32", "--batch-size",
-                                 "2", "--device", "cpu", "--model", "nano", "--out", out, *options], cwd=tmp_path,
+        return subprocess.Popen(command("--steps", 30 * kills, "--eval-every", 3, "--out", out, *options), cwd=tmp_path,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     began, rng = time.time(), random.Random(0)
     calm = start("calm.pt")
@@ -799,8 +812,8 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(own_cl
     reached = []
     for kill in range(kills):
         process = start("out.pt", "--resume" if (tmp_path / "out.last.pt").exists() else "--overwrite")
-        if kill % 5 == 0:                                     # while it prepares, or begins
-            time.sleep(rng.uniform(0.5, 1) * prepared)
+        if kill % 5 == 0:                                     # while it prepares, or as soon as that is done
+            select.select([process.stdout], [], [], rng.uniform(0.5, 1) * prepared)
         else:                                                 # in the loop, after at most 27 steps more
             lines = (line for line in process.stdout if line.startswith("step"))
             list(itertools.islice(lines, rng.randint(1, 9)))
@@ -857,22 +870,47 @@ def test_a_model_whose_validation_loss_is_not_finite_is_never_saved(run, tmp_pat
     assert [load_checkpoint(path)[1]["step"] for path in tmp_path.glob("*.pt")] == saved
 
 
-def test_a_log_that_breaks_off_in_mid_line_is_no_obstacle(run, trained, tmp_path):
-    shutil.copy(trained / "out.last.pt", tmp_path)
-    (tmp_path / "out.jsonl").write_bytes((trained / "out.jsonl").read_bytes()[:-20])
-    assert run(tmp_path, "--resume", small=False).code == 0
-    figures = [[e["val_nll"] for e in evaluations(folder / "out.jsonl")] for folder in (trained, tmp_path)]
-    assert figures[0] == figures[1]
+# ----------------------------------------------------------------------------- several processes
+
+def test_two_processes_train_in_parts_as_one_does_at_once(command, tmp_path):
+    # AdamW does not notice gradients that are too small by a factor; clipping them does, where some norms exceed it
+    logs, two = [], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launch, parts in (("one", [], 1), ("two", two, 2)):
+        python, *script = command("--batch-size", 4, "--dropout", 0, "--clip", 2, "--accumulate", parts, "--out",
+                                  f"{name}.pt")
+        done = subprocess.run([python, *launch, *script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("best validation NLL") == 1                      # one of them speaks
+        logs.append(log_of(tmp_path / f"{name}.jsonl"))
+    one, two = ([entry.get("val_nll", entry.get("loss")) for entry in log[1:]] for log in logs)
+    assert len(one) == 4 and one == pytest.approx(two, abs=1e-4)
+    assert one[0] - one[1] > 0.01                             # and not because nothing moves
 
 
-def test_overwriting_a_run_leaves_nothing_of_it_to_continue(run, trained, tmp_path, monkeypatch):
-    shutil.copy(trained / "out.last.pt", tmp_path)
+def test_all_processes_stop_for_a_signal_that_any_of_them_has_received(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda number, op: number.fill_(15 * (op == train.dist.ReduceOp.MAX)))
+    assert train.signal_received() == 15
 
-    def stop(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data.Dataset, "validation", stop)
-    assert run(tmp_path, "--overwrite").code == 130
-    assert not (tmp_path / "out.last.pt").exists()
+
+@pytest.mark.parametrize("names, expected", [(["RANK"], (0, 1)), (["WORLD_SIZE"], (0, 1)),
+                                             (["RANK", "WORLD_SIZE"], (0, 1)),
+                                             (["RANK", "WORLD_SIZE", "LOCAL_RANK"], (2, 2))])
+def test_a_rank_and_a_number_of_processes_alone_are_not_torchruns(monkeypatch, names, expected):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name in names:
+        monkeypatch.setenv(name, "2")
+    script = runpy.run_path(str(SCRIPT))
+    assert (script["RANK"], script["WORLD"]) == expected
+
+
+def test_every_process_refuses_to_overwrite_an_earlier_run(tmp_path):
+    (tmp_path / "out.pt").write_bytes(b"precious")
+    files = [tmp_path / name for name in ("out.pt", "out.last.pt", "out.jsonl")]
+    for master in (True, False):
+        with mock.patch.object(train, "MASTER", master), pytest.raises(SystemExit, match="out.pt exists"):
+            train.open_log(SimpleNamespace(resume=False, overwrite=False), *files)
 
 
 # ----------------------------------------------------------------------------- published corpora
@@ -916,32 +954,60 @@ def test_overwrite_starts_anew(run, trained, tmp_path):
     assert sum("args" in entry for entry in log_of(tmp_path / "out.jsonl")) == 1
 
 
+def test_overwriting_a_run_leaves_nothing_of_it_to_continue(run, trained, tmp_path, monkeypatch):
+    shutil.copy(trained / "out.last.pt", tmp_path)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data.Dataset, "validation", stop)
+    assert run(tmp_path, "--overwrite").code == 130
+    assert not (tmp_path / "out.last.pt").exists()
+
+
+def test_what_another_training_writes_is_left_alone(run, tmp_path):
+    hold = "import fcntl; log = open('out.jsonl', 'a'); fcntl.lockf(log, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert_refused(run(tmp_path), "another training is writing out.jsonl", "--out")
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl"]
+        other.communicate(b"\n")
+    assert run(tmp_path).code == 0                            # an empty log is nothing that could be lost
+
+
+def test_a_second_training_is_refused_while_the_first_prepares(run, tmp_path):
+    refused, prepare = [], functools.partial(data.prepare, cache=run.cache, quiet=True)
+
+    def meanwhile(*args, **options):
+        second = [sys.executable, SCRIPT, "--device", "cpu", "--overwrite", "--dataset", "nowhere"]
+        refused.append(subprocess.run(second, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+        return prepare(*args, **options)
+    assert run_script(tmp_path, SCRIPT, *run.options, prepare=meanwhile).code == 0
+    [second] = refused
+    assert_refused(SimpleNamespace(code=second.returncode, err=second.stderr), "another training is writing out.jsonl")
+
+
+def test_a_log_that_cannot_be_written_costs_no_earlier_run(run, tmp_path):
+    (tmp_path / "out.last.pt").write_bytes(b"precious")
+    (tmp_path / "out.jsonl").mkdir()
+    assert_refused(run(tmp_path, "--overwrite"), "cannot write out.jsonl")
+    assert (tmp_path / "out.last.pt").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_at_the_start_even_if_its_log_can(run, trained, tmp_path):
+    for name in ("out.pt", "out.last.pt", "out.jsonl"):
+        shutil.copy(trained / name, tmp_path)
+    before = (tmp_path / "out.jsonl").read_text()
+    with mock.patch.object(os, "access", return_value=False):                     # root may write anywhere
+        for option in ("--overwrite", "--resume"):
+            refused = run(tmp_path, option, small=option == "--overwrite")
+            assert_refused(refused, "cannot write out.jsonl", "its folder")
+    assert (tmp_path / "out.last.pt").exists() and (tmp_path / "out.jsonl").read_text() == before
+
+
 def test_a_command_that_failed_can_be_corrected_and_run_again(run, tmp_path):
     assert run(tmp_path, "--dataset", "speeech").code != 0
     assert run(tmp_path).code == 0
-
-
-# ----------------------------------------------------------------------------- scoring a checkpoint
-
-def test_eval_prints_the_figures_of_the_log_and_trains_nothing(run, trained):
-    before = {p.name: p.read_bytes() for p in trained.iterdir()}
-    result = run(trained, "--eval", "out.pt", "--device", "cpu", small=False)
-    assert result.code == 0, result.err
-    printed = json.loads(result.out.strip().splitlines()[-1])
-    best = min(evaluations(trained / "out.jsonl"), key=lambda entry: entry["val_nll"])
-    assert abs(printed["val_nll"] - best["val_nll"]) < 1e-5
-    assert printed["val_acc"] == best["val_acc"] and printed["unigram_nll"] == best["unigram_nll"]
-    assert printed["n_params"] == best["n_params"]
-    assert {p.name: p.read_bytes() for p in trained.iterdir()} == before
-
-
-def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
-    folder = write_clips(tmp_path / "others", [0.9, 1.0])
-    result = run(trained, "--eval", "out.pt", "--dataset", folder, "--device", "cpu", small=False)
-    figures = json.loads(result.out)
-    assert result.code == 0 and figures["dataset"] == str(folder)
-    assert figures["clip_targets"] in ([67], [75])
-    assert figures["val_nll"] != evaluations(trained / "out.jsonl")[-1]["val_nll"]
 
 
 # ----------------------------------------------------------------------------- bad input
@@ -963,7 +1029,8 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--eval-every", 0], ["--eval-every"]),
     (["--accumulate", 0], ["--accumulate"]),
     (["--eval", "out.pt"], ["--eval", "--context has no place"]),
-    (["--n-codebooks", 1_000_000], ["8 codebooks", "not 1000000"]),
+    (["--n-codebooks", 1_000_000], ["8 codebooks", "not 1000000", "--n-codebooks"]),
+    (["--mel-codebooks", 9], ["8 codebooks"]),
     (["--set", "n_mels=40"], ["n_mels is fixed"]),
     (["--set", "n_head=0"], ["at least 1"]),
     (["--set", "n_layer=-1"], ["at least 1"]),
@@ -989,7 +1056,6 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
     (["--stretch", 16], ["--stretch 16", "context, 32"]),
     (["--stretch", 128], ["--stretch 128", "divide the batch, 64"]),
     (["--model", "gpt-5"], ["gpt-5"]),
-    (["--device", "abacus"], ["abacus", "cpu"]), (["--device", "meta"], ["meta", "cpu"]),
     (["--dropout", 1.5], ["--dropout"]),
     (["--lr", -1], ["--lr"]),
     (["--seed", -1], ["--seed"]),
@@ -999,6 +1065,18 @@ def test_eval_can_score_on_another_dataset(run, trained, tmp_path):
 def test_a_bad_option_is_one_clear_line(run, tmp_path, options, words):
     assert_refused(run(tmp_path, *options), *words)
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "hpu", "cpu:cpu"])
+def test_a_device_that_cannot_compute_is_one_clear_line(run, tmp_path, name):
+    assert_refused(run(tmp_path, "--device", name), f"device '{name}' cannot be used here", "--device cpu")
+
+
+def test_a_mel_to_mix_in_that_cannot_be_had_is_refused_before_any_work(run, tmp_path):
+    folder, before = write_clips(tmp_path / "own", [0.5, 0.5]), set(run.cache.iterdir())
+    assert_refused(run(tmp_path, "--dataset", folder, "--mix", 9), "8 codebooks")
+    assert_refused(run(tmp_path, "--dataset", folder, "--n-codebooks", 1, "--lookahead", 9, "--mix", 8), "--mix")
+    assert set(run.cache.iterdir()) == before
 
 
 def test_a_folder_without_audio_is_one_clear_line(run, tmp_path):
@@ -1036,128 +1114,15 @@ def test_a_checkpoint_whose_codec_was_replaced_is_refused(run, tmp_path, tiny_co
     assert_refused(run(tmp_path, "--resume", small=False), "codec")
 
 
-# ----------------------------------------------------------------------------- the schedule
-
-def test_the_learning_rate_warms_up_linearly_and_falls_to_a_tenth():
-    args = SimpleNamespace(lr=2.0, warmup=10, steps=110)
-    rates = [train.learning_rate(step, args) for step in range(111)]
-    np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 0.2)
-    assert rates[10] == 2.0 and math.isclose(rates[60], 1.1) and math.isclose(rates[110], 0.2)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-    assert train.learning_rate(0, SimpleNamespace(lr=2.0, warmup=0, steps=5)) == 2.0
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to ...")])
+def test_too_little_memory_is_one_clear_line(run, tmp_path, error):
+    with mock.patch.object(HybridGPT, "backbone", side_effect=error):
+        assert_refused(run(tmp_path), "out of memory", "--accumulate")
 
 
-# ----------------------------------------------------------------------------- several processes
-
-def test_two_processes_train_in_parts_as_one_does_at_once(own_clips, tiny_codec_file, tmp_path):
-    options = ["--dataset", own_clips, "--codec", tiny_codec_file, "--steps", 4, "--eval-every", 2, "--context", 32,
-               "--batch-size", 4, "--device", "cpu", "--model", "nano", "--dropout", 0, "--clip", 2]
-    # AdamW does not notice gradients that are too small by a factor; clipping them does, where some norms exceed it
-    logs, two = [], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launch, parts in (("one", [], 1), ("two", two, 2)):
-        command = [sys.executable, *launch, SCRIPT, *options, "--accumulate", parts, "--out", f"{name}.pt"]
-        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("best validation NLL") == 1                      # one of them speaks
-        logs.append(log_of(tmp_path / f"{name}.jsonl"))
-    one, two = ([entry.get("val_nll", entry.get("loss")) for entry in log[1:]] for log in logs)
-    assert len(one) == 4 and one == pytest.approx(two, abs=1e-4)
-    assert one[0] - one[1] > 0.01                             # and not because nothing moves
-
-
-def test_only_matrices_decay_and_dropout_is_as_asked(trained):
-    model, checkpoint = load_checkpoint(trained / "out.last.pt")
-    decayed, others = checkpoint["optimizer"]["param_groups"]
-    names = [name for name, _ in model.named_parameters()]
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
-    assert len(others["params"]) == len([n for n in names if "embedding" in n]) == 2
-    assert len(decayed["params"]) == len(names) - 2
-    assert decayed["lr"] == others["lr"] == pytest.approx(1.2e-2 * 4 / 30)
-    assert checkpoint["config"]["dropout"] == 0.1
-
-
-def test_gradients_are_clipped(run, tmp_path):
-    """AdamW does not mind how large gradients are, unless they vanish beside its epsilon."""
-    assert run(tmp_path, "--clip", 1e-12, "--weight-decay", 0).code == 0
-    first, *_, last = evaluations(tmp_path / "out.jsonl")
-    assert last["val_nll"] == pytest.approx(first["val_nll"], abs=1e-3)
-
-
-def test_a_worse_model_does_not_replace_the_best(run, tmp_path):
-    assert run(tmp_path, "--lr", 3, "--warmup", 0).code == 0
-    nll = [entry["val_nll"] for entry in evaluations(tmp_path / "out.jsonl")]
-    assert nll[0] == min(nll) < nll[1] and load_checkpoint(tmp_path / "out.pt")[1]["step"] == 0
-
-
-def test_a_worse_model_does_not_replace_the_best_after_resuming_either(run, trained, tmp_path):
-    last = torch.load(trained / "out.last.pt", weights_only=True)
-    save(tmp_path / "out.last.pt", last | {"best": last["best"] - 1})
-    (tmp_path / "out.pt").write_text("the best so far")
-    assert run(tmp_path, "--resume", small=False).code == 0
-    assert (tmp_path / "out.pt").read_text() == "the best so far"
-
-
-@torch.no_grad()
-def test_accuracy_and_finer_nll_are_the_models(run, trained):
-    model, checkpoint = load_checkpoint(trained / "out.pt")
-    dataset = data.Dataset(run.cache / checkpoint["data_key"])
-    figures = train.evaluate(model, dataset, 2)
-    counts = np.array(figures["clip_targets"])
-    hits, finer = 0, torch.zeros(7)
-    for codes, mel, targets, _ in dataset.validation(32, 1):
-        logits, losses = model(codes, mel, targets)
-        hits += (logits.argmax(-1) == targets[:, 0]).sum().item()
-        finer += losses[1:] * (targets[:, 0] != IGNORE).sum()
-    assert figures["val_acc"] == hits / counts.sum() > 0
-    assert figures["val_nll_finer"] == pytest.approx((finer / counts.sum()).tolist(), abs=1e-3)
-
-
-def test_a_signal_does_not_save_what_has_diverged(run, tmp_path):
-    batch = data.Dataset.batch
-
-    def spoilt(self, seed, step, *args):
-        codes, mel, targets = batch(self, seed, step, *args)
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-            mel = mel * math.nan
-        return codes, mel, targets
-    with mock.patch.object(data.Dataset, "batch", spoilt):
-        assert_refused(run(tmp_path), "no longer finite at step 3", "out.last.pt")
-    assert load_checkpoint(tmp_path / "out.last.pt")[1]["step"] == 2
-
-
-def test_what_a_large_model_is_trained_with_unless_told_otherwise():
-    args = SimpleNamespace(codec=None, dataset="speech", lr=None, n_codebooks=None, context=None, mel_codebooks=None,
-                           model="hybrid")
-    train.fill_defaults(args)
-    assert (args.lr, args.codec, args.n_codebooks, args.context, args.mel_codebooks) == (1e-3, "mini", 1, 512, 0)
-
-
-def test_the_time_of_a_resumed_run_goes_on(run, trained, tmp_path):
-    for name in ("out.pt", "out.last.pt", "out.jsonl"):
-        shutil.copy(trained / name, tmp_path)
-    save(tmp_path / "out.last.pt", torch.load(tmp_path / "out.last.pt", weights_only=True) | {"seconds": 1000.0})
-    assert run(tmp_path, "--resume", small=False).code == 0
-    assert 1000 <= evaluations(tmp_path / "out.jsonl")[-1]["seconds"] < 1100
-
-
-def test_every_step_and_seed_draws_its_own_dropout(run, tmp_path):
-    seeds, forward = [], HybridGPT.forward
-
-    def recorded(self, *args, **more):
-        if self.training:
-            seeds.append(torch.initial_seed())
-        return forward(self, *args, **more)
-    with mock.patch.object(HybridGPT, "forward", recorded):
-        assert run(tmp_path).code == 0
-        assert run(tmp_path, "--seed", 1, "--out", "other.pt").code == 0
-    assert len(seeds) == len(set(seeds)) == 8
-
-
-def test_a_resumed_run_has_all_options_of_its_beginning(run, tmp_path):
-    options = ["--warmup", 3, "--clip", 0.5, "--weight-decay", 0.2, "--lr", 0.01, "--accumulate", 2, "--seed", 7,
-               "--dropout", 0.2, "--stretch", 64]
-    assert run(tmp_path, *options).code == 0 and run(tmp_path, "--resume", small=False).code == 0
-    begun, resumed = [entry["args"] for entry in log_of(tmp_path / "out.jsonl") if "args" in entry]
-    assert begun == resumed
+def test_an_error_of_ours_is_not_blamed_on_the_memory(run, tmp_path):
+    with mock.patch.object(HybridGPT, "backbone", side_effect=RuntimeError("shapes do not fit")):
+        with pytest.raises(RuntimeError, match="shapes do not fit"):
+            run(tmp_path)

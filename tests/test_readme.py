@@ -3,6 +3,7 @@ python -m pytest tests/test_readme.py
 
 What README.md says can be typed, and its first figures are those of results/.
 """
+import json
 import re
 import shlex
 import sys
@@ -58,3 +59,23 @@ def test_the_table_of_what_more_audio_brings_shows_what_was_measured(dataset):
             cells.append(f"{experiments.gain(runs, gpt, experiments.trained_on(runs[0]['model'])).mean:.2f}")
     for name, cells in rows.items():
         assert f"| {dataset}: {name} | {' | '.join(cells)} |" in README
+
+
+@pytest.mark.parametrize("what, music, speech", [
+    ("`nano-gpt`, tokens only", "nano-gpt-steps1200-lr6e-3", "nano-gpt-steps1200-lr1.2e-2"),
+    ("`nano`, trained on the mel of recordings", *["nano-recorded-steps1200-lr1.2e-2"] * 2),
+    ("`nano`, unchanged", "nano-steps1200-lr6e-3", "nano-steps1200-lr1.2e-2"),
+    ("`nano --own-details`", *["nano-own-steps1200-lr1.2e-2"] * 2)])
+def test_the_table_of_what_comes_out_shows_what_was_measured(what, music, speech):
+    cells = []
+    for dataset, model, finer, distance in (("music", music, 1, "from_copy"), ("music", music, 1, "from_copy_12"),
+                                            ("speech", speech, 1, "from_copy"), ("speech", speech, 0.7, "from_copy")):
+        rows = [row for path in experiments.RESULTS.glob(f"closeness-{dataset}*.json")
+                for row in json.loads(path.read_text())["rows"]
+                if f"{dataset}-{model}-" in row["what"] and not row.get("top_p") and row["n_codebooks"] == 8
+                and (row["temperature"], row["finer_temperature"]) == (1, finer)]
+        mean = np.mean([row[distance] for row in rows])
+        digits = 1 if dataset == "speech" and mean < 20 else 0
+        cells.append(f"{mean:.{digits}f}" + " (one)" * (len(rows) == 1))
+    line = next(line for line in README.splitlines() if line.startswith(f"| {what}"))
+    assert line.endswith(f"| {' | '.join(cells)} |")

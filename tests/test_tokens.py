@@ -263,6 +263,14 @@ def test_a_number_of_codebooks_that_the_codec_lacks_is_refused(tiny_codec, k):
         assert f"1 to 8 codebooks, not {k}" in refusal(lambda: encode(random_wave(HOP), k))
 
 
+@pytest.mark.parametrize("constant", ["HOP", "CODEBOOK_SIZE"])
+def test_a_codec_of_another_stride_or_table_size_than_the_rest_counts_on_is_refused(monkeypatch, constant):
+    model = build_mini(4, 16, 1)
+    monkeypatch.setattr(tokens, constant, 512)
+    with pytest.raises(AssertionError):
+        Codec(model, "other", "0")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_samples_that_are_no_numbers_are_refused(tiny_codec, value):
     wave = random_wave(5 * HOP)

@@ -331,6 +331,18 @@ def test_closeness_draws_as_it_is_told_and_says_so(monkeypatch, tmp_path):
         assert (told[-1]["temperature"], told[-1]["finer_temperature"], told[-1]["top_p"]) == (1, 0.5, drawn)
         row = json.loads(out.read_text())["rows"][-1]
         assert row["top_p"] == drawn and ("top-p 0.9" in row["what"]) == bool(drawn)
+        # drawn with replacement, the only clip there is always comes out
+        assert row["from_copy_12_draws"] == pytest.approx(closeness.DRAWS * [row["from_copy_12"]], abs=0.1)
+
+
+def test_closeness_without_what_is_quiet_does_not_hear_a_hiss():
+    generator = torch.Generator().manual_seed(0)
+    tone = torch.sin(torch.arange(48_000) / 4)
+    sets = [[tone + loudness * torch.randn(48_000, generator=generator)] for loudness in (1e-3, 1e-2)]
+    loudest = log_mel(tone, window=HANN).max()
+    hiss, none = (closeness.frechet(*(closeness.statistics(closeness.sums(waves, floor)) for waves in sets))
+                  for floor in (-torch.inf, loudest - 8))
+    assert none < 0.001 * hiss
 
 
 def test_closeness_hears_log_mel_and_its_change():

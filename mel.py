@@ -32,8 +32,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-# After a change here, or of what is computed below, raise FORMAT in model.py and "format" in data.py: checkpoints and
-# caches made before would be taken for right, and are of another mel
+# Checkpoints do not notice a change of these, nor of what is computed below: raise FORMAT in model.py, or old ones will
+# hear another mel than the one they learnt from. Caches notice the former only: for the latter raise data.py's "format"
 SAMPLE_RATE = 24_000                 # Hz, EnCodec's
 HOP = 8 * 5 * 4 * 2                  # 320 samples: the product of EnCodec's strides
 FRAME_RATE = SAMPLE_RATE // HOP      # 75 a second, without remainder: one clock for mel frames, tokens and positions

@@ -111,7 +111,7 @@ def rotary_angles(start, length, head_dim):
 
     Channel i and channel i + D/2 form a pair that turns by position * 10000^(-2i/D). A query and a key that are turned
     so have a dot product in which only their distance appears: there is no position embedding that could run out while
-    sampling. In float64, on the CPU, as positions then grow without bound.
+    sampling. In float64 (on the CPU), as there positions grow without bound.
     """
     frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(start, start + length, dtype=torch.float64)[:, None] * frequency

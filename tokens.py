@@ -189,7 +189,7 @@ class Codec:
         for module in model.modules():                        # undo weight normalisation: g * v / |v|, once and for all
             if hasattr(module, "weight_g"):
                 torch.nn.utils.remove_weight_norm(module)
-        # everything counts on that: another codec needs another HOP in mel.py, or CODEBOOK_SIZE here and in model.py
+        # all files count on these two; for a codec with others change HOP in mel.py, CODEBOOK_SIZE here and in model.py
         assert (model.encoder.hop_length, model.quantizer.bins) == (HOP, CODEBOOK_SIZE)
         self.model = model.to(device).eval().requires_grad_(False)
         self.name, self.checksum, self.device = name, checksum, torch.device(device)

@@ -94,13 +94,14 @@ def read_audio(path):
         raise DataError(f"{path}: holds no samples")
 
 
-def read_blocks(path, n, silence):
-    """`read_audio`, then `silence` zeros, in pieces of n samples; the last piece is shorter, perhaps empty."""
+def read_blocks(path, n, ahead=0):
+    """A file in blocks of n samples, each with the `ahead` samples that follow it (past the end: zeros); the last block
+    is shorter, perhaps empty."""
     rest = np.zeros(0, np.float32)
-    for piece in itertools.chain(read_audio(path), [np.zeros(silence, np.float32)]):
+    for piece in itertools.chain(read_audio(path), [np.zeros(ahead, np.float32)]):
         rest = np.concatenate([rest, piece])
-        while len(rest) >= n:
-            yield rest[:n]
+        while len(rest) >= n + ahead:
+            yield rest[:n + ahead]
             rest = rest[n:]
     yield rest
 
@@ -115,14 +116,11 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
     codec's vectors in place of either mel, (t, C). lookahead, window: as in `log_mel`.
     """
     block_size = BLOCK if codec.device.type != "cpu" else max(BLOCK // len(paths) // HOP, 1) * HOP       # bounds memory
-    encoder, decoder = codec.stream_encoder(), codec.stream_decoder()
+    encoder, decoder = codec.stream_encoder(), codec.stream_decoder()         # one state for all, a row for each file
     spectrogram = StreamingLogMel(lookahead, window)
-    # All files share one codec state, one row each, and go in step: n_done frames of every row have been yielded. With
-    # a lookahead of N samples a frame's mel comes N samples after its codes: codes wait, and N zeros follow every file.
-    ahead = max(0, lookahead)
+    ahead = max(0, lookahead)                                 # samples that the mel sees before the codec does
+    silence, n_seen = np.zeros(ahead, np.float32), 0          # n_seen: how much of a block the mel has seen already
     readers = [read_blocks(path, block_size, ahead) for path in paths]
-    n_samples, n_done = [0] * len(paths), 0                   # samples read of each file, with its N zeros; frames done
-    waiting = torch.zeros(len(paths), codec.n_codebooks, 0, dtype=torch.long, device=codec.device)
     with ThreadPoolExecutor(len(paths)) as pool:              # files are read side by side, and while the codec works
         reading = {i: pool.submit(next, reader) for i, reader in enumerate(readers)}      # files not yet at their end
         while reading:
@@ -131,28 +129,23 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
                 try:
                     blocks[i] = future.result()
                 except DataError as error:
-                    blocks[i], problems[i] = np.zeros(0, np.float32), str(error).removeprefix(f"{paths[i]}: ")
-                n_samples[i] += len(blocks[i])
+                    blocks[i], problems[i] = silence, str(error).removeprefix(f"{paths[i]}: ")
             # a short block is its file's last; the other files' next ones are read while the codec works on these
-            reading = {i: pool.submit(next, readers[i]) for i, block in blocks.items() if len(block) == block_size}
-            rows = [torch.from_numpy(blocks.get(i, np.zeros(0, np.float32))) for i in range(len(paths))]
+            reading = {i: pool.submit(next, readers[i]) for i, block in blocks.items()
+                       if len(block) == block_size + ahead}
+            rows = [torch.from_numpy(blocks.get(i, silence)) for i in range(len(paths))]
             wave = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(codec.device)   # ended files: zeros
-            unquantised = encoder.latents(wave)                   # (B, C, t)
-            new_codes = codec.quantize(unquantised, codec.n_codebooks)        # (B, K, t)
+            unquantised = encoder.latents(wave[:, :wave.shape[1] - ahead])    # (B, C, t)
+            codes = codec.quantize(unquantised, codec.n_codebooks)            # (B, K, t)
             if latents:
-                mel = (codec.dequantize(new_codes[:, :mel_codebooks]) if mel_codebooks else unquantised).mT  # (B, t, C)
-            else:                                                 # (B, u, 80), u < t at first if there is a lookahead
-                mel = spectrogram.push(decoder.push(new_codes[:, :mel_codebooks]) if mel_codebooks else wave)
-            waiting = torch.cat([waiting, new_codes], dim=-1)
-            codes, waiting = waiting[..., :mel.shape[1]], waiting[..., mel.shape[1]:]
+                mel = (codec.dequantize(codes[:, :mel_codebooks]) if mel_codebooks else unquantised).mT   # (B, t, C)
+            else:                                                             # (B, t, 80)
+                mel = spectrogram.push(decoder.push(codes[:, :mel_codebooks]) if mel_codebooks else wave[:, n_seen:])
+            n_seen = ahead
             codes, mel = codes.mT.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
-            for i in blocks:
-                ended, length = i not in reading, n_samples[i] - ahead        # samples that have both codes and mel
-                n = max(0, length // HOP - n_done)            # frames of this file; what follows is padding
-                if ended and length < HOP:
-                    problems.setdefault(i, f"shorter than one frame of {HOP} samples")
-                yield i, codes[i, :n], mel[i, :n], ended, problems.get(i)
-            n_done += mel.shape[1]
+            for i, block in blocks.items():
+                n = (len(block) - ahead) // HOP               # frames of this file; what follows is padding
+                yield i, codes[i, :n], mel[i, :n], i not in reading, problems.get(i)
 
 
 # ----------------------------------------------------------------------------- preparing a dataset
@@ -358,6 +351,8 @@ def _encode_batch(clips, folder, files, codec, made_with, batch):
             for i, codes, mel, ended, problem in encode_files(paths, codec, **mel_options):
                 out[i].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
                 if ended:
+                    if not (problem or out[i].tell()):
+                        problem = f"shorter than one frame of {HOP} samples"
                     out[i].flush()
                     os.fsync(out[i].fileno())                 # or a power cut might leave an empty .clip
                     out[i].close()

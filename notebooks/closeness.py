@@ -74,7 +74,7 @@ def recordings(dataset, seconds):
     waves, splits = {}, ([], [])
     for name in names:
         with contextlib.suppress(DataError):                                     # `prepare` has named and skipped it
-            waves[name] = torch.from_numpy(next(read_blocks(folder / name, int(seconds * SAMPLE_RATE), silence=0)))
+            waves[name] = torch.from_numpy(next(read_blocks(folder / name, int(seconds * SAMPLE_RATE))))
     for (name, wave), is_val in zip(waves.items(), split_clips(list(waves), dataset)):
         if len(wave) > 2 * LAG * HOP:
             splits[is_val].append(wave)

@@ -16,8 +16,8 @@ decoder's input.
     >>> codes, mel, targets = data.batch(seed=0, step=0, batch_size=16, context=256)
 
 Encoding is most of the work. Files of about the same length go through the codec side by side, on a GPU or on all cores
-of the CPU (on Linux); each is saved when it is done, so that an interrupted preparation goes on with the rest (unless
-the folder has changed meanwhile).
+of the CPU (on Linux). What is done is saved, so that an interrupted preparation goes on with the rest (unless the
+folder has changed meanwhile).
 
 Which crops a batch holds depends on seed, step, size, context and stretch only, not on the model or a resume. Each row
 is a crop of one clip, never of two; a clip shorter than the context is used whole, and the rest of its row is padding
@@ -109,7 +109,7 @@ def read_blocks(path, n, ahead=0):
 def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
     """Encode files side by side, block by block. Yields, for each block of each paths[i],
 
-        (i, codes (t, K) uint16, mel (t, 80) float16, ended, problem)    problem: None, or why it cannot be used
+        (i, codes (t, K) uint16, mel (t, 80) float16, problem)    problem: None, or why the file cannot be used
 
     Everything is causal, so shorter files can be padded, and the padding's frames be dropped.
     mel_codebooks: 0 for the mel of the file itself, K for that of what the first K codebooks decode to. latents: the
@@ -145,7 +145,7 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
             codes, mel = codes.mT.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
             for i, block in blocks.items():
                 n = (len(block) - ahead) // HOP               # frames of this file; what follows is padding
-                yield i, codes[i, :n], mel[i, :n], i not in reading, problems.get(i)
+                yield i, codes[i, :n], mel[i, :n], problems.get(i)
 
 
 # ----------------------------------------------------------------------------- preparing a dataset
@@ -342,28 +342,26 @@ def _encode_batch(clips, folder, files, codec, made_with, batch):
     DataLoader would raise a copy of it without its errno.
     """
     # a name of its own for each process: one whose parent was killed may still be writing
-    parts, results = [clips / f"{i}.{os.getpid()}.part" for i in batch], {}
+    parts, problems = [clips / f"{i}.{os.getpid()}.part" for i in batch], [None] * len(batch)
     mel_options = {name: made_with[name] for name in MEL_OPTIONS}
     try:
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
             paths = [folder / files[i].name for i in batch]
-            for i, codes, mel, ended, problem in encode_files(paths, codec, **mel_options):
-                out[i].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
-                if ended:
-                    if not (problem or out[i].tell()):
-                        problem = f"shorter than one frame of {HOP} samples"
-                    out[i].flush()
-                    os.fsync(out[i].fileno())                 # or a power cut might leave an empty .clip
-                    out[i].close()
-                    if problem:
-                        parts[i].unlink()
-                    else:
-                        os.replace(parts[i], clips / f"{batch[i]}.clip")
-                    results[batch[i]] = problem
+            for row, codes, mel, problem in encode_files(paths, codec, **mel_options):
+                out[row].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
+                problems[row] = problem                       # which only a file's last block has
+            for file in out:
+                file.flush()
+                os.fsync(file.fileno())                       # or a power cut might leave an empty .clip
+        for row, part in enumerate(parts):
+            if not part.stat().st_size:
+                problems[row] = problems[row] or f"shorter than one frame of {HOP} samples"
+            if not problems[row]:
+                os.replace(part, clips / f"{batch[row]}.clip")
     except OSError as error:                                  # not of an unreadable file, which is a `problem`
         return error
-    return results
+    return dict(zip(batch, problems))
 
 
 def _join(unfinished, dataset, names, made_with, problems):

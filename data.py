@@ -75,18 +75,15 @@ def read_audio(path):
                 raise DataError(f"{path}: claims {file.samplerate} samples a second, not 1,000 to 1,000,000")
             if file.frames > 2**62:                           # a FLAC that was written into a pipe
                 raise DataError(f"{path}: its header does not tell its length: encode it again")
-            resampler = None
-            if file.samplerate != SAMPLE_RATE:
-                resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")
+            resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")     # a copy, if at 24 kHz
             n = min(BLOCK, BLOCK * file.samplerate // SAMPLE_RATE) // file.channels
             while len(block := file.read(n, dtype="float32", always_2d=True)):            # may end before it claims to
                 if not (np.abs(block) < 100).all():           # a little above 1 is normal
                     raise DataError(f"{path}: holds NaN or infinite samples, or some far outside [-1, 1]")
                 wave = block.mean(axis=1)
                 n_samples += len(wave)
-                yield resampler.resample_chunk(wave) if resampler else wave
-            if resampler:
-                yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+                yield resampler.resample_chunk(wave)
+            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
     except (soundfile.SoundFileError, ValueError, TypeError, OSError) as error:           # TypeError: a .raw file
         reason = str(error).removeprefix(f"Error opening {str(path)!r}: ") if os.path.exists(path) else "no such file"
         raise DataError(f"{path}: cannot be read as audio ({reason.strip()})") from error

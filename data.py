@@ -262,7 +262,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                 _make(home, dataset, folder, files, codec, made_with, quiet)
     shutil.rmtree(home / "clips", ignore_errors=True)         # joined; an earlier call may have been killed just here
     data = Dataset(home)
-    if ready and data.meta["skipped"]:                        # otherwise `_encode` has just said so
+    if ready and data.meta["skipped"]:                        # otherwise `_make` has just said so
         print(f"skipped earlier: {len(data.meta['skipped'])} of {len(names)} files; to try them again, delete {home}",
               file=sys.stderr)
     return data
@@ -271,9 +271,28 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
 def _make(home, dataset, folder, files, codec, made_with, quiet):
     """Encode and join a dataset beside `home`: only a finished cache ever gets that name."""
     unfinished = home.with_name(f".{home.name}")
-    (unfinished / "clips").mkdir(parents=True, exist_ok=True)
-    title = f"preparing {Path(dataset).name} with {codec.name}"
-    problems = _encode(unfinished / "clips", folder, files, codec, made_with, title, quiet)
+    clips = unfinished / "clips"                              # file I becomes clips/I.clip
+    clips.mkdir(parents=True, exist_ok=True)
+    for part in clips.glob("*.part"):
+        part.unlink(missing_ok=True)
+    todo = [i for i in range(len(files)) if not (clips / f"{i}.clip").exists()]
+    batches, n_workers = _divide(todo, folder, files, codec.device)
+    # A DataLoader as a pool of processes: its items are lists of files, its collate_fn encodes one. Unlike those of
+    # multiprocessing.Pool, they end when the process that started them is killed
+    work = torch.utils.data.DataLoader(
+        batches, collate_fn=functools.partial(_encode, clips, folder, files, codec, made_with), batch_size=None,
+        in_order=False, num_workers=n_workers, multiprocessing_context="fork" if n_workers else None)
+    total, problems = sum(file.size for file in files), {}    # problems: {I: why it cannot be used}
+    with tqdm(total=total, initial=total - sum(files[i].size for i in todo), unit="B", unit_scale=True,
+              desc=f"preparing {Path(dataset).name} with {codec.name}", disable=quiet) as bar:
+        for results in work:
+            if isinstance(results, OSError):
+                raise results                                 # here, where `disk_errors` sees it
+            problems |= {i: problem for i, problem in results.items() if problem}
+            bar.update(sum(files[i].size for i in results))
+    if problems:
+        print(f"skipped {len(problems)} of {len(files)} files: "
+              + "; ".join(f"{files[i].name}: {problem}" for i, problem in sorted(problems.items())), file=sys.stderr)
     try:
         _join(unfinished, dataset, [file.name for file in files], made_with, problems)
     except DataError:
@@ -285,31 +304,6 @@ def _make(home, dataset, folder, files, codec, made_with, quiet):
             os.fsync(file.fileno())
     shutil.rmtree(home, ignore_errors=True)
     os.replace(unfinished, home)
-
-
-def _encode(clips, folder, files, codec, made_with, title, quiet):
-    """Encode every file I that has no clips/I.clip yet -> {I: why it cannot be used}."""
-    for part in clips.glob("*.part"):
-        part.unlink(missing_ok=True)
-    todo = [i for i in range(len(files)) if not (clips / f"{i}.clip").exists()]
-    batches, n_workers = _divide(todo, folder, files, codec.device)
-    # A DataLoader as a pool of processes: its items are lists of files, its collate_fn encodes one. Unlike those of
-    # multiprocessing.Pool, they end when the process that started them is killed
-    work = torch.utils.data.DataLoader(
-        batches, collate_fn=functools.partial(_encode_batch, clips, folder, files, codec, made_with), batch_size=None,
-        in_order=False, num_workers=n_workers, multiprocessing_context="fork" if n_workers else None)
-    total, problems = sum(file.size for file in files), {}
-    with tqdm(total=total, initial=total - sum(files[i].size for i in todo), unit="B", unit_scale=True, desc=title,
-              disable=quiet) as bar:
-        for results in work:
-            if isinstance(results, OSError):
-                raise results                                 # here, where `disk_errors` sees it
-            problems |= {i: problem for i, problem in results.items() if problem}
-            bar.update(sum(files[i].size for i in results))
-    if problems:
-        print(f"skipped {len(problems)} of {len(files)} files: "
-              + "; ".join(f"{files[i].name}: {problem}" for i, problem in sorted(problems.items())), file=sys.stderr)
-    return problems
 
 
 def _divide(todo, folder, files, device):
@@ -332,7 +326,7 @@ def _divide(todo, folder, files, device):
     return batches, min(n_workers, len(batches)) if len(batches) > 1 else 0
 
 
-def _encode_batch(clips, folder, files, codec, made_with, batch):
+def _encode(clips, folder, files, codec, made_with, batch):
     """Encode the files whose numbers are in `batch` side by side; the frames of file I go into clips/I.clip as rows,
     the codes and then the bits of the float16 mel.
     Returns {I: None, or why it cannot be used}. An OSError of the cache's disk is returned, too, not raised: a

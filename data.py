@@ -282,19 +282,19 @@ def _make(home, dataset, folder, files, codec, made_with, quiet):
     work = torch.utils.data.DataLoader(
         batches, collate_fn=functools.partial(_encode, clips, folder, files, codec, made_with), batch_size=None,
         in_order=False, num_workers=n_workers, multiprocessing_context="fork" if n_workers else None)
-    total, problems = sum(file.size for file in files), {}    # problems: {I: why it cannot be used}
+    total, problems = sum(file.size for file in files), {}
     with tqdm(total=total, initial=total - sum(files[i].size for i in todo), unit="B", unit_scale=True,
               desc=f"preparing {Path(dataset).name} with {codec.name}", disable=quiet) as bar:
         for results in work:
             if isinstance(results, OSError):
                 raise results                                 # here, where `disk_errors` sees it
-            problems |= {i: problem for i, problem in results.items() if problem}
+            problems |= results
             bar.update(sum(files[i].size for i in results))
-    if problems:
-        print(f"skipped {len(problems)} of {len(files)} files: "
-              + "; ".join(f"{files[i].name}: {problem}" for i, problem in sorted(problems.items())), file=sys.stderr)
+    skipped = [f"{files[i].name}: {problem}" for i, problem in sorted(problems.items()) if problem]
+    if skipped:
+        print(f"skipped {len(skipped)} of {len(files)} files: {'; '.join(skipped)}", file=sys.stderr)
     try:
-        _join(unfinished, dataset, [file.name for file in files], made_with, problems)
+        _join(unfinished, dataset, [file.name for file in files], made_with, skipped)
     except DataError:
         shutil.rmtree(unfinished)                             # nothing in it is worth keeping
         raise
@@ -355,16 +355,16 @@ def _encode(clips, folder, files, codec, made_with, batch):
     return dict(zip(batch, problems))
 
 
-def _join(unfinished, dataset, names, made_with, problems):
+def _join(unfinished, dataset, names, made_with, skipped):
     """The encoded clips one after the other: codes.npy, mel.npy, clips.npy, mel_statistics.npz and meta.json."""
-    usable = [i for i in range(len(names)) if i not in problems]
-    if not usable:
+    paths = {i: path for i in range(len(names)) if (path := unfinished / "clips" / f"{i}.clip").exists()}
+    if not paths:
         raise DataError(f"nothing usable in dataset '{dataset}': all {len(names)} files were skipped")
     K, n_mels = made_with["n_codebooks"], made_with["n_mels"]
-    paths, width = [unfinished / "clips" / f"{i}.clip" for i in usable], K + n_mels       # numbers a row, 2 bytes each
-    lengths = [path.stat().st_size // (2 * width) for path in paths]                      # in frames
+    width = K + n_mels                                        # numbers a row, 2 bytes each
+    lengths = [path.stat().st_size // (2 * width) for path in paths.values()]             # in frames
     ends, n_frames = np.cumsum(lengths), sum(lengths)
-    clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in usable]
+    clips, used = np.stack([ends - lengths, ends], axis=1), [names[i] for i in paths]
     if {"train", "val"} <= {n.split("/")[0] for n in names}:  # even if one side has lost all its files
         is_val = [name.startswith("val/") for name in used]
     elif len(used) > 1:
@@ -385,7 +385,7 @@ def _join(unfinished, dataset, names, made_with, problems):
         for file, dtype, n_columns in (codes, "<u2", K), (mels, "<f2", n_mels):
             np.lib.format.write_array_header_1_0(
                 file, {"descr": dtype, "fortran_order": False, "shape": (n_frames, n_columns)})
-        for path, left in zip(paths, train_frames):
+        for path, left in zip(paths.values(), train_frames):
             with open(path, "rb") as file:
                 while len(rows := np.fromfile(file, np.uint16, 100_000 * width).reshape(-1, width)):
                     codes.write(rows[:, :K].tobytes())
@@ -398,8 +398,7 @@ def _join(unfinished, dataset, names, made_with, problems):
     np.savez(unfinished / "mel_statistics.npz", mean=mean, covariance=covariance)
     np.save(unfinished / "clips.npy", clips.astype(np.int64))
     meta = {"dataset": dataset, **made_with,
-            "n_frames": n_frames, "train_frames": n_train, "val_frames": n_frames - n_train,
-            "skipped": [f"{names[i]}: {problem}" for i, problem in sorted(problems.items())],
+            "n_frames": n_frames, "train_frames": n_train, "val_frames": n_frames - n_train, "skipped": skipped,
             "clips": [{"name": c, "val": bool(v)} for c, v in zip(used, is_val)]}
     (unfinished / "meta.json").write_text(json.dumps(meta, indent=1))
 

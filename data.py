@@ -207,10 +207,9 @@ def split_clips(names, dataset=None):
         if others := tops - {"train", "val"}:
             raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
         return [name.startswith("val/") for name in names]
-    sides = sorted(top for top in tops if top.lower() in SIDES)
-    if sides and len(tops) > 1:
-        other = min(tops - {sides[0]}, key=lambda top: (top not in sides, top))           # another side, if there is
-        raise DataError(f"the dataset holds {sides[0]}/ beside {other}: call the two sides of a split train/ and val/, "
+    one, *others = sorted(tops, key=lambda top: (top.lower() not in SIDES, top))          # sides of a split first
+    if others and one.lower() in SIDES:
+        raise DataError(f"the dataset holds {one}/ beside {others[0]}: call the two sides of a split train/ and val/, "
                         "and move others out")
     groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
     hashes = [int(hashlib.sha256(os.fsencode(group)).hexdigest()[:8], 16) / 2**32 for group in groups]

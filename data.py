@@ -103,10 +103,10 @@ def read_blocks(path, n, ahead=0):
     yield rest
 
 
-def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
+def encode_files(paths, problems, codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
     """Encode files side by side, block by block. Yields, for each block of each paths[i],
 
-        (i, codes (t, K) uint16, mel (t, 80) float16, problem)    problem: None, or why the file cannot be used
+        (i, codes (t, K) uint16, mel (t, 80) float16)         and why a file cannot be used is noted in problems[i]
 
     Everything is causal, so shorter files can be padded, and the padding's frames be dropped.
     mel_codebooks: 0 for the mel of the file itself, K for that of what the first K codebooks decode to. latents: the
@@ -118,20 +118,20 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
     ahead = max(0, lookahead)                                 # samples that the mel sees before the codec does
     silence, n_seen = np.zeros(ahead, np.float32), 0          # n_seen: how much of a block the mel has seen already
     readers = [read_blocks(path, block_size, ahead) for path in paths]
-    with ThreadPoolExecutor(len(paths)) as pool:              # files are read side by side, and while the codec works
-        reading = {i: pool.submit(next, reader) for i, reader in enumerate(readers)}      # files not yet at their end
-        while reading:
-            blocks, problems = {}, {}
-            for i, future in reading.items():
-                try:
-                    blocks[i] = future.result()
-                except DataError as error:
-                    blocks[i], problems[i] = silence, str(error).removeprefix(f"{paths[i]}: ")
-            # a short block is its file's last; the other files' next ones are read while the codec works on these
-            reading = {i: pool.submit(next, readers[i]) for i, block in blocks.items()
-                       if len(block) == block_size + ahead}
-            rows = [torch.from_numpy(blocks.get(i, silence)) for i in range(len(paths))]
-            wave = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(codec.device)   # ended files: zeros
+
+    def read(i):                                              # a file's next block; when it has ended: silence
+        try:
+            return next(readers[i], silence)
+        except DataError as error:
+            problems[i] = str(error).removeprefix(f"{paths[i]}: ")
+            return silence
+
+    with ThreadPoolExecutor(len(paths)) as pool:
+        blocks = list(pool.map(read, range(len(paths))))      # side by side
+        while any(len(block) > ahead for block in blocks):
+            coming = pool.map(read, range(len(paths)))        # begins now, while the codec works
+            wave = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(block) for block in blocks], batch_first=True)
+            wave = wave.to(codec.device)                                      # (B, n + ahead)
             unquantised = encoder.latents(wave[:, :wave.shape[1] - ahead])    # (B, C, t)
             codes = codec.quantize(unquantised, codec.n_codebooks)            # (B, K, t)
             if latents:
@@ -140,9 +140,10 @@ def encode_files(paths, codec, mel_codebooks=0, latents=False, lookahead=0, wind
                 mel = spectrogram.push(decoder.push(codes[:, :mel_codebooks]) if mel_codebooks else wave[:, n_seen:])
             n_seen = ahead
             codes, mel = codes.mT.cpu().numpy().astype(np.uint16), mel.cpu().numpy().astype(np.float16)
-            for i, block in blocks.items():
+            for i, block in enumerate(blocks):
                 n = (len(block) - ahead) // HOP               # frames of this file; what follows is padding
-                yield i, codes[i, :n], mel[i, :n], problems.get(i)
+                yield i, codes[i, :n], mel[i, :n]
+            blocks = list(coming)
 
 
 # ----------------------------------------------------------------------------- preparing a dataset
@@ -338,9 +339,8 @@ def _encode(clips, folder, files, codec, made_with, batch):
         with contextlib.ExitStack() as stack:
             out = [stack.enter_context(open(part, "wb")) for part in parts]
             paths = [folder / files[i].name for i in batch]
-            for row, codes, mel, problem in encode_files(paths, codec, **mel_options):
+            for row, codes, mel in encode_files(paths, problems, codec, **mel_options):
                 out[row].write(np.concatenate([codes, mel.view(np.uint16)], axis=1).tobytes())
-                problems[row] = problem                       # which only a file's last block has
             for file in out:
                 file.flush()
                 os.fsync(file.fileno())                       # or a power cut might leave an empty .clip

@@ -55,8 +55,7 @@ SIDES = {"train", "training", "val", "valid", "validation", "validate", "dev", "
          "holdout", "heldout", "held-out", "held_out"}        # what the sides of a split are often called
 File = namedtuple("File", "name size time")                    # its path below the dataset's folder, bytes, nanoseconds
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
-LONG = 60                            # seconds: on a CPU a longer file is encoded on its own; if all files together are
-                                     # shorter, a single process encodes them
+LONG = 60                            # seconds: on a CPU a longer file is encoded alone, and less in all by one process
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {".oga", ".opus", ".aif"}
 
 
@@ -327,11 +326,9 @@ def _divide(todo, folder, files, device):
 
 
 def _encode(clips, folder, files, codec, made_with, batch):
-    """Encode the files whose numbers are in `batch` side by side; the frames of file I go into clips/I.clip as rows,
-    the codes and then the bits of the float16 mel.
-    Returns {I: None, or why it cannot be used}. An OSError of the cache's disk is returned, too, not raised: a
-    DataLoader would raise a copy of it without its errno.
-    """
+    """Encode the files numbered in `batch` side by side, file I into clips/I.clip: a row a frame, its codes and then
+    the bits of its float16 mel. Returns {I: None, or why it cannot be used}, or the OSError if the cache's disk fails:
+    were it raised, a DataLoader would raise a copy without its errno."""
     # a name of its own for each process: one whose parent was killed may still be writing
     parts, problems = [clips / f"{i}.{os.getpid()}.part" for i in batch], [None] * len(batch)
     mel_options = {name: made_with[name] for name in MEL_OPTIONS}

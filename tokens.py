@@ -197,8 +197,7 @@ class Codec:
         self.silence_frames = SILENCE if model.encoder.model[0].pad_mode == "reflect" else 0
         if self.silence_frames:
             silence = torch.zeros(1, 1, self.silence_frames * HOP, device=self.device)
-            with torch.no_grad():
-                self.silence_codes = self.quantize(self.model.encoder(silence), self.n_codebooks)   # (1, K, 8)
+            self.silence_codes = self.quantize(self.model.encoder(silence), self.n_codebooks)       # (1, K, 8)
 
     @property
     def vectors(self):

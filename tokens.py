@@ -294,7 +294,7 @@ def load_codec(name="mini", device="cpu", folder=None):
         raise CodecError(f"{path} is not a codec file of assets/train_codec.py ({type(error).__name__})") from error
     if wrong := [key for key in missing if not key.endswith(TRAINING_ONLY)] + unexpected:
         raise CodecError(f"{path} does not fit its own configuration: {wrong[0]} is missing or unknown")
-    return Codec(model, name if name == "mini" else path.stem, checksum[:16], device)
+    return Codec(model, path.stem, checksum[:16], device)
 
 
 def _sha256(path):

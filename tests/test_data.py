@@ -726,6 +726,8 @@ def test_top_level_folders_train_and_val_decide_the_split(tmp_path, tiny_codec):
 def test_the_last_tenth_of_a_single_file_validates_and_a_warning_says_so(tmp_path, tiny_codec, capsys):
     dataset = prepare(clips(tmp_path / "in", n=1, seconds=4.0), tiny_codec, tmp_path / "cache", quiet=True)
     assert dataset.train.tolist() == [[0, 270]] and dataset.val.tolist() == [[270, 300]]
+    header = 128
+    assert (dataset.home / "codes.npy").stat().st_size == header + 300 * 2 * tiny_codec.n_codebooks      # nothing twice
     warning = capsys.readouterr().err
     assert warning.startswith("warning:") and "a.wav" in warning and len(warning.splitlines()) == 1
 

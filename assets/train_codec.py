@@ -237,15 +237,15 @@ def follow(book, index, x, decay=0.99):
 def quantize(quantizer, latents, counts, adapt):
     """Latents (B, C, T) -> what the first counts[i] codebooks make of clip i, and codebook 1 alone, (B, C, T) each.
     adapt: let the codebooks `follow`."""
-    rest, vectors = latents.mT.contiguous(), []               # (B, T, C)
+    rest, vectors = latents.mT.flatten(0, 1), []              # (B * T, C)
     for k, layer in enumerate(quantizer.vq.layers):
-        index = nearest(rest.flatten(0, 1), layer._codebook.embed)
-        vectors.append(layer._codebook.embed[index].view_as(rest))
+        index = nearest(rest, layer.codebook)                 # (B * T,)
+        vectors.append(layer.codebook[index])
         if adapt:
-            follow(layer._codebook, index, described(rest.flatten(0, 1), k, ENVELOPE))
+            follow(layer._codebook, index, described(rest, k, ENVELOPE))
         rest = rest - vectors[k]
-    total = sum(vector * (counts > k)[:, None, None] for k, vector in enumerate(vectors))
-    return total.mT, vectors[0].mT
+    vectors = [vector.unflatten(0, (len(latents), -1)).mT for vector in vectors]          # (B, C, T)
+    return sum(vector * (counts > k)[:, None, None] for k, vector in enumerate(vectors)), vectors[0]
 
 
 # ----------------------------------------------------------------------------- losses
@@ -376,12 +376,12 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
         latents = model.encoder(wave[:, None])                # (B, C, T)
     leaf = latents.detach().requires_grad_()
     spectral, losses, out = leaf[:, ENVELOPE], {}, None
-    among_zeros = lambda part: F.pad(part, (0, 0, ENVELOPE.start, leaf.shape[1] - ENVELOPE.stop))
     if phase < 3:
         losses["envelope"] = (spectral - envelope(wave)).square().mean()
     if phase == 2:
-        coarse = among_zeros(spectral + NOISE * torch.randn_like(spectral))
-        heard = torch.where((counts == 1)[:, None, None], coarse, leaf)
+        coarse = (counts == 1)[:, None, None]
+        heard = leaf.masked_fill(coarse, 0)
+        heard[:, ENVELOPE] = spectral + NOISE * coarse * torch.randn_like(spectral)
         heard[:, COUNT] = count_latents(torch.where(counts == 1, 1, 8))[:, :, None]
     if phase > 2:
         heard, first = quantize(model.quantizer, leaf, counts, adapt=phase == 4)
@@ -391,7 +391,7 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
         losses["unchanged"] = (leaf - target)[:, WAVEFORM].square().mean()
         losses["commitment"] = (spectral - first[:, ENVELOPE]).square().mean()                # be near a code
         # straight-through: adds zero, but passes the decoder's gradient at the code on to the encoder's latents
-        heard = heard + among_zeros(spectral - spectral.detach())
+        heard[:, ENVELOPE] += spectral - spectral.detach()
     at_latents = gradients(losses, leaf)
     if phase > 1:
         out = model.decoder(heard)[:, 0]                      # (B, N)

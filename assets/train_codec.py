@@ -175,12 +175,6 @@ def nearest(x, codebook):
     return (codebook.square().sum(1) - 2 * x @ codebook.T).argmin(1)      # |x|^2 is the same for every candidate
 
 
-def described(rest, k, part):
-    """What codebook k is fitted to, of rest (rows, C): for the first only the latents `part`, the envelope. So its
-    vectors differ in nothing else. Otherwise the waveform, loud and hard to predict, would use up its ten bits."""
-    return F.pad(rest[:, part], (part.start, rest.shape[1] - part.stop)) if k == 0 else rest
-
-
 def count_latents(counts):
     """Numbers of codebooks (B,) -> the last latents, (B, 4), of the decoder's input for that many.
 
@@ -191,10 +185,13 @@ def count_latents(counts):
 
 @torch.no_grad()
 def fit_codebooks(quantizer, latents, part, rounds=20):
-    """K-means, codebook by codebook, each on what those before left over: latents (rows, C); part: see `described`."""
-    residual = latents
+    """K-means, codebook by codebook, each on what those before left over: latents (rows, C).
+
+    For the first, all but the latents `part`, the envelope, are taken as zero, so its vectors differ in nothing else.
+    Otherwise the waveform, loud and hard to predict, would use up its ten bits."""
+    residual, target = latents, F.pad(latents[:, part], (part.start, latents.shape[1] - part.stop))
     for k, layer in enumerate(quantizer.vq.layers):
-        book, target = layer._codebook, described(residual, k, part)
+        book = layer._codebook
         book.embed.copy_(target[torch.randperm(len(target))[:CODEBOOK_SIZE]])
         for _ in range(rounds):
             index = nearest(target, book.embed)
@@ -203,7 +200,7 @@ def fit_codebooks(quantizer, latents, part, rounds=20):
             book.embed.copy_(torch.where(count > 0, total / count.clamp(min=1), book.embed))
         book.cluster_size.copy_(count[:, 0] * CODEBOOK_SIZE / len(residual))     # 1 if used equally often
         book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
-        residual = residual - book.embed[nearest(residual, book.embed)]
+        target = residual = residual - book.embed[nearest(residual, book.embed)]
         book.embed[:, COUNT] = count_latents(torch.tensor([k + 1])) - count_latents(torch.tensor([k]))
         left = residual.var(0).sum() / latents.var(0).sum()
         print(f"  k-means: {left:.3f} of the latents' variance left over", flush=True)
@@ -219,18 +216,18 @@ def start_quantising(model, average, frozen, wave):
 
 
 @torch.no_grad()
-def follow(book, index, x, decay=0.99):
-    """Move a codebook's vectors towards the mean of what was assigned to them: x (n, C), index (n,). Running averages:
-    cluster_size says how often a code is used, 1 on average, and embed_avg is the sum of what it was used for."""
+def follow(book, index, x, part):
+    """Move the latents `part` of a codebook's vectors towards the mean of what was assigned to them: x (n, C), index
+    (n,). Running averages: cluster_size, how often a code is used, 1 on average; embed_avg, the sum of those x."""
     # one-hot products and torch.where, not bincount or a list of dead codes, for which the CPU would await the GPU
     assigned = F.one_hot(index, CODEBOOK_SIZE).type_as(x) * (CODEBOOK_SIZE / len(x))      # (n, 1024)
-    book.cluster_size.lerp_(assigned.sum(0), 1 - decay)
-    book.embed_avg.lerp_(assigned.T @ x, 1 - decay)
+    book.cluster_size.lerp_(assigned.sum(0), 0.01)
+    book.embed_avg.lerp_(assigned.T @ x, 0.01)
     dead = book.cluster_size < 0.03                           # thirty times rarer than the average: restart
     book.cluster_size.masked_fill_(dead, 0.3)
     others = 0.3 * x[torch.randint(len(x), (CODEBOOK_SIZE,), device=x.device)]
-    book.embed_avg.copy_(torch.where(dead[:, None], others, book.embed_avg))      # the last latents: `count_latents`
-    book.embed[:, :COUNT.start] = (book.embed_avg / book.cluster_size[:, None])[:, :COUNT.start]
+    book.embed_avg.copy_(torch.where(dead[:, None], others, book.embed_avg))
+    book.embed[:, part] = (book.embed_avg / book.cluster_size[:, None])[:, part]
 
 
 @torch.no_grad()
@@ -241,8 +238,8 @@ def quantize(quantizer, latents, counts, adapt):
     for k, layer in enumerate(quantizer.vq.layers):
         index = nearest(rest, layer.codebook)                 # (B * T,)
         vectors.append(layer.codebook[index])
-        if adapt:
-            follow(layer._codebook, index, described(rest, k, ENVELOPE))
+        if adapt:                                             # codebook 1: the envelope; all: not `count_latents`
+            follow(layer._codebook, index, rest, slice(COUNT.start) if k else ENVELOPE)
         rest = rest - vectors[k]
     vectors = [vector.unflatten(0, (len(latents), -1)).mT for vector in vectors]          # (B, C, T)
     return sum(vector * (counts > k)[:, None, None] for k, vector in enumerate(vectors)), vectors[0]

@@ -207,15 +207,6 @@ def fit_codebooks(quantizer, latents, part, rounds=20):
 
 
 @torch.no_grad()
-def start_quantising(model, average, frozen, wave):
-    """The beginning of phase 3, from the averages: freeze their encoder, fit the codebooks to what it makes of wave."""
-    model.load_state_dict(average.state_dict())
-    frozen.load_state_dict(average.encoder.state_dict())
-    latents = torch.cat([frozen(few).mT.flatten(0, 1) for few in wave[:, None].split(16)])        # bounds memory
-    fit_codebooks(model.quantizer, latents, ENVELOPE)
-
-
-@torch.no_grad()
 def follow(book, index, x, part):
     """Move the latents `part` of a codebook's vectors towards the mean of what was assigned to them: x (n, C), index
     (n,). Running averages: cluster_size, how often a code is used, 1 on average; embed_avg, the sum of those x."""
@@ -495,9 +486,13 @@ def main():
         torch.manual_seed(args.seed + step)
         if step / args.steps >= PHASES[phase - 1][0]:
             phase, began = phase + 1, step
-            if phase == 3:
+            if phase == 3:                                    # go on from the averages, and freeze their encoder
+                model.load_state_dict(average.state_dict())
+                frozen.load_state_dict(average.encoder.state_dict())
                 clips = batch(train, np.random.default_rng(args.seed), min(256, 32 * args.batch_size), 4 * SAMPLE_RATE)
-                start_quantising(model, average, frozen, clips.to(args.device))
+                with torch.no_grad():                         # a few clips at a time: bounds memory
+                    latents = [frozen(few.to(args.device)).mT.flatten(0, 1) for few in clips[:, None].split(16)]
+                fit_codebooks(model.quantizer, torch.cat(latents), ENVELOPE)
 
         wave, counts = (x.to(args.device, non_blocking=True) for x in (wave, counts))     # pinned: nothing waits
         optimizer.zero_grad()

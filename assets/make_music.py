@@ -62,6 +62,7 @@ class Piece:
         self.notes, self.programs = [], []
         self.lines, self.chords = set(), []  # melodies relative to their first note; all chords: `main` compares both
         self.phrases = min(8, max(2, int(rng.uniform(27, 37) / (4 * self.bar * self.quarter))))
+        self.last = (4 * self.phrases - 1) * self.bar  # where the last bar begins
 
     def instrument(self, choices):
         self.programs.append(self.rng.choice(choices))
@@ -162,8 +163,14 @@ def ornament(p, line):
     return varied
 
 
-def theme(p, low=-1, high=9):
-    """Yield four-bar phrases (first bar's time, label, chords, melody), in a form such as a b c d a b."""
+def lead(p, channel, at, line, velocity):
+    for start, length, degree, chord in line:
+        p.add(channel, at + start, length * .95, p.pitch(degree, chord), velocity)
+
+
+def theme(p, channel, velocity, low=-1, high=9, slow=False):
+    """Play four-bar phrases, if slow only their strong beats, in a form such as a b c d a b. Yield every bar to be
+    accompanied (time, label of its phrase, number in it, chord), which is all but the last: see `final`."""
     made, motifs = {}, {}
     for number, label in enumerate(FORMS[p.phrases]):
         if label in made:
@@ -175,33 +182,29 @@ def theme(p, low=-1, high=9):
             line = melody(p, chords, pair, low, high)
             made[label] = chords, line
         p.chords += chords
-        yield number * 4 * p.bar, label, chords, line
+        at = number * 4 * p.bar
+        lead(p, channel, at, [note for note in line if not slow or note[0] % p.strong == 0], velocity)
+        for bar, chord in enumerate(chords):
+            if at + bar * p.bar < p.last:
+                yield at + bar * p.bar, label, bar, chord
 
 
-def lead(p, channel, at, line, velocity):
-    for start, length, degree, chord in line:
-        p.add(channel, at + start, length * .95, p.pitch(degree, chord), velocity)
-
-
-def final(p, channel, at, velocity):
+def final(p, channel, velocity):
     """The last bar: the tonic triad, held, over its root."""
     for pitch in [p.bass(0)] + [p.pitch(degree, 0) for degree in triad(0, -3)]:
-        p.add(channel, at, p.bar, pitch, velocity)
+        p.add(channel, p.last, p.bar, pitch, velocity)
 
 
 def waltz(p):
     """Melody over a bass note on beat one and chords on beats two and three."""
     top, chordal, low = p.instrument(LEADS), p.instrument(CHORDS), p.instrument(BASSES)
-    for at, _, chords, line in theme(p):
-        lead(p, top, at, line, 92)
-        for bar, chord in enumerate(chords):
-            time = at + bar * 3
-            if time + 3 == p.phrases * 12:
-                final(p, chordal, time, 66)
-            p.add(low, time, 1.4, p.bass(chord, bar == 1 and p.rng.random() < .4), 82)
-            for beat in (1, 2) if time + 3 < p.phrases * 12 else ():
-                for degree in triad(chord, -2):
-                    p.add(chordal, time + beat, .6, p.pitch(degree, chord), 62)
+    for time, _, bar, chord in theme(p, top, 92):
+        p.add(low, time, 1.4, p.bass(chord, bar == 1 and p.rng.random() < .4), 82)
+        for beat in (1, 2):
+            for degree in triad(chord, -2):
+                p.add(chordal, time + beat, .6, p.pitch(degree, chord), 62)
+    final(p, chordal, 66)
+    p.add(low, p.last, 1.4, p.bass(0), 82)
 
 
 def song(p):
@@ -210,25 +213,20 @@ def song(p):
     strum = p.rng.choice([(0, 1, 2, 3), (0, 1, 1.5, 2.5, 3), (0, .5, 1.5, 2, 3, 3.5), (0, 1.5, 2, 3.5)])
     kick = p.rng.choice([(0, 2), (0, 2.5), (0, 1.5, 2), (0, 2, 3.5)])
     hat, snare = p.rng.choice([(42, 38), (51, 37), (42, 37), (51, 38)]), (1, 3)
-    for at, label, chords, line in theme(p):
-        lead(p, top, at, line, 94)
-        for bar, chord in enumerate(chords):
-            time = at + bar * 4
-            if time + 4 == p.phrases * 16:
-                final(p, chordal, time, 64)
-                p.add(low, time, 3.5, p.bass(0), 84)
-                p.add(9, time, 1, 36, 80)
-                continue
-            for beat in strum:
-                for number, degree in enumerate(triad(chord, -2)):  # a strum: strings a moment apart
-                    p.add(chordal, time + beat + number * .02, .7, p.pitch(degree, chord), 60)
-            for beat, degree in ((0, chord), (1.5, chord), (2, chord + 4), (3, chord + 2)):
-                if beat in (0, 2) or label in "bd":
-                    p.add(low, time + beat, .9, 33 + (p.pitch(degree, chord) - 33) % 12, 86)
-            if at:
-                drums = [(beat, 36, 88) for beat in kick] + [(beat, hat[1], 76) for beat in snare]
-                for beat, drum, velocity in drums + [(half / 2, hat[0], 50) for half in range(8)]:
-                    p.add(9, time + beat, .2, drum, velocity)
+    for time, label, _, chord in theme(p, top, 94):
+        for beat in strum:
+            for number, degree in enumerate(triad(chord, -2)):  # a strum: strings a moment apart
+                p.add(chordal, time + beat + number * .02, .7, p.pitch(degree, chord), 60)
+        for beat, degree in ((0, chord), (1.5, chord), (2, chord + 4), (3, chord + 2)):
+            if beat in (0, 2) or label in "bd":
+                p.add(low, time + beat, .9, 33 + (p.pitch(degree, chord) - 33) % 12, 86)
+        if time >= 16:
+            drums = [(beat, 36, 88) for beat in kick] + [(beat, hat[1], 76) for beat in snare]
+            for beat, drum, velocity in drums + [(half / 2, hat[0], 50) for half in range(8)]:
+                p.add(9, time + beat, .2, drum, velocity)
+    final(p, chordal, 64)
+    p.add(low, p.last, 3.5, p.bass(0), 84)
+    p.add(9, p.last, 1, 36, 80)
 
 
 def canon(p):
@@ -256,18 +254,13 @@ def study(p):
     hand, step = p.instrument(PLUCKED), .25 if p.quarter > .7 and p.metre != "6/8" else .5
     shapes = [(0, 1, 2), (0, 2, 1), (0, 1, 2, 1), (0, 2, 1, 2), (0, 1, 2, 3, 2, 1)]
     figures = p.rng.sample(shapes, 2)
-    for at, label, chords, line in theme(p, 4, 11):
-        lead(p, hand, at, [note for note in line if note[0] % p.strong == 0], 86)
-        for bar, chord in enumerate(chords):
-            time, tones = at + bar * p.bar, triad(chord, -1)
-            if time + p.bar == p.phrases * 4 * p.bar:
-                final(p, hand, time, 66)
-                continue
-            p.add(hand, time, p.bar, p.bass(chord), 76)
-            figure = figures[label in "cd"]
-            played = [(tones + (tones[0] + 7,))[figure[n % len(figure)]] for n in range(round(p.bar / step))]
-            for number, degree in enumerate(played):
-                p.add(hand, time + number * step, step * 1.8, p.pitch(degree, chord), 60)
+    for time, label, _, chord in theme(p, hand, 86, 4, 11, slow=True):
+        p.add(hand, time, p.bar, p.bass(chord), 76)
+        tones, figure = triad(chord, -1), figures[label in "cd"]
+        played = [(tones + (tones[0] + 7,))[figure[n % len(figure)]] for n in range(round(p.bar / step))]
+        for number, degree in enumerate(played):
+            p.add(hand, time + number * step, step * 1.8, p.pitch(degree, chord), 60)
+    final(p, hand, 66)
 
 
 def chorale(p):
@@ -321,20 +314,15 @@ def jig(p):
     """A dance in 6/8: running melody, bass on the two beats, chords on the off-beats, a hand drum."""
     top, chordal, low = p.instrument(LEADS[1:]), p.instrument(CHORDS), p.instrument(BASSES)
     drum = p.rng.random() < .6
-    for at, label, chords, line in theme(p):
-        lead(p, top, at, line, 94)
-        for bar, chord in enumerate(chords):
-            time = at + bar * 3
-            if time + 3 == p.phrases * 12:
-                final(p, chordal, time, 66)
-                continue
-            for half in (0, 1.5):
-                fifth = 38 + (p.pitch(chord + 4, chord) - 38) % 12
-                p.add(low, time + half, 1, fifth if half and chord != 6 else p.bass(chord), 82)
-                for degree in triad(chord, -2):
-                    p.add(chordal, time + half + 1, .4, p.pitch(degree, chord), 60)
-                for eighth in range(3 if drum and at else 0):
-                    p.add(9, time + half + eighth / 2, .2, 64 if eighth == 0 else 63, (74, 46, 58)[eighth])
+    for time, _, _, chord in theme(p, top, 94):
+        for half in (0, 1.5):
+            fifth = 38 + (p.pitch(chord + 4, chord) - 38) % 12
+            p.add(low, time + half, 1, fifth if half and chord != 6 else p.bass(chord), 82)
+            for degree in triad(chord, -2):
+                p.add(chordal, time + half + 1, .4, p.pitch(degree, chord), 60)
+            for eighth in range(3 if drum and time >= 12 else 0):  # silent in the first phrase
+                p.add(9, time + half + eighth / 2, .2, 64 if eighth == 0 else 63, (74, 46, 58)[eighth])
+    final(p, chordal, 66)
 
 
 STYLES = {waltz: (["3/4"], (96, 160)), song: (["4/4"], (84, 144)), canon: (["2/4", "3/4"], (60, 108)),

@@ -22,6 +22,7 @@ The sentences were written for this project.
 import argparse, os, random, re, shutil, subprocess, sys, tempfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 import numpy as np
 import soundfile as sf
 import soxr
@@ -290,7 +291,7 @@ def plan(split, n_clips, taken, rng):
 def speak(voice, speed, texts, folder):
     """The sentences as a list of (samples, rate), read at `speed` times the engine's usual rate."""
     engine, name = VOICES[voice][:2]
-    paths = [os.path.join(folder, f"{i}.wav") for i in range(len(texts))]
+    paths = [f"{folder}/{i}.wav" for i in range(len(texts))]
     if engine == "flite":
         stretch = f"duration_stretch={1 / speed:.3f}"
         commands = [["flite", "-voice", name, "--setf", stretch, "-t", text, "-o", path]
@@ -329,7 +330,7 @@ def render(clip, folder):
             parts.append(np.zeros(int(pause * RATE), np.float32))
     x = np.concatenate(parts[:-1])
     x *= level / np.abs(x).max()
-    path = os.path.join(folder, name + ".ogg")
+    path = folder / f"{name}.ogg"
     # libsndfile spreads compression levels 1..0 evenly over 6..256 kbit/s
     sf.write(path, x, RATE, format="OGG", subtype="OPUS", compression_level=1 - (KBPS - 6) / 250)
     y, rate = sf.read(path)
@@ -339,9 +340,8 @@ def render(clip, folder):
 
 
 def main():
-    here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description="render the miniature speech corpus")
-    parser.add_argument("--out", default=os.path.join(here, "speech"),
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "speech",
                         help="folder whose train/ and val/ are replaced (default: %(default)s)")
     parser.add_argument("--more", type=int, default=0, help="further training clips (default: none)")
     parser.add_argument("--seed", type=int, default=0)
@@ -356,23 +356,22 @@ def main():
     # val first: train then takes none of its sentences
     plans = {split: plan(split, n_clips, taken, random.Random(f"{args.seed} {split}"))
              for split, n_clips in (("val", CLIPS["val"]), ("train", CLIPS["train"] + args.more))}
-    out = os.path.abspath(args.out)
-    os.makedirs(os.path.dirname(out), exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     # everything is rendered beside its destination and moved there at the end: no half-made corpus
-    with tempfile.TemporaryDirectory(prefix=".speech-", dir=os.path.dirname(out)) as temp:
+    with tempfile.TemporaryDirectory(prefix=".speech-", dir=args.out.resolve().parent) as temp:
         for split, clips in plans.items():
-            folder = os.path.join(temp, "speech", split)
-            os.makedirs(folder)
+            folder = Path(temp, split)
+            folder.mkdir()
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 lengths = list(pool.map(lambda clip: render(clip, folder), clips))
-            size = sum(entry.stat().st_size for entry in os.scandir(folder))
+            size = sum(path.stat().st_size for path in folder.iterdir())
             print(f"{split}: {len(clips)} clips of {min(lengths):.1f} to {max(lengths):.1f} s, "
                   f"{sum(lengths) / 60:.1f} minutes, {sum(len(clip.sentences) for clip in clips)} sentences, "
                   f"{len({clip.voice for clip in clips})} voices, {size:,} bytes")
-        os.makedirs(out, exist_ok=True)
+        args.out.mkdir(exist_ok=True)
         for split in plans:
-            shutil.rmtree(os.path.join(out, split), ignore_errors=True)
-            os.replace(os.path.join(temp, "speech", split), os.path.join(out, split))
+            shutil.rmtree(args.out / split, ignore_errors=True)
+            Path(temp, split).replace(args.out / split)
 
 
 if __name__ == "__main__":

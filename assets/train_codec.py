@@ -68,9 +68,9 @@ def load(folders):
     train, held_out = [], []
     for name in folders:
         folder, clips = find_audio(name)
+        is_val = split_clips(clips, name)                     # first, as it may fail
         waves = [(np.concatenate(list(read_audio(folder / clip))).clip(-1, 1) * 32767).astype(np.int16)
                  for clip in clips]
-        is_val = split_clips(clips, name)
         train.append([w for w, val in zip(waves, is_val) if not val])
         held_out.append([w for w, val in zip(waves, is_val) if val])
         if not held_out[-1]:
@@ -110,7 +110,7 @@ def inputs(train, args, step):
     rng = np.random.default_rng((args.seed, step))
     wave = batch(train, rng, args.batch_size, args.frames * HOP)
     counts = rng.choice(list(OFTEN), len(wave), p=list(OFTEN.values()))
-    return wave, torch.from_numpy(counts), bool(rng.random() < 2 / 3)
+    return wave, torch.from_numpy(counts), rng.random() < 2 / 3
 
 
 @torch.no_grad()
@@ -417,8 +417,9 @@ def parse_arguments():
     add("--out", default="out-codec.pt")
     add("--resume", action="store_true", help="go on from OUT.last, written every two minutes, with its options")
     args = parser.parse_args()
-    if min(args.steps, args.batch_size) < 1 or args.frames < 29:              # 29: one segment of `words_loss`
-        parser.error("--steps and --batch-size must be at least 1, --frames 29")
+    # with fewer steps phases would be left out; 29 frames are one segment of `words_loss`
+    if args.steps < 5 or args.batch_size < 1 or args.frames < 29:
+        parser.error("--steps must be at least 5, --batch-size 1, --frames 29")
     if Path(args.out).is_dir() or not Path(args.out).parent.is_dir():
         parser.error(f"--out {args.out}: not a file in an existing folder")
     choose_device(args.device)                                # exits in one line if it cannot be used

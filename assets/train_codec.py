@@ -17,8 +17,8 @@ random weights, it ends up using one codebook, which says little. So it is train
      the waveform on (`initialise`), except the last four (`count_latents`);
   2. both halves learn to reproduce the sound from unquantised latents, a fifth of the clips from the envelope alone,
      with as much noise on it as one codebook will cause;
-  3. each codebook is fitted by k-means to what those before it left over, the first to the envelope (`fit_codebooks`). The
-     decoder learns to decode 1, 2, 4 or 8 of them, a number drawn for every clip, so that any number will do;
+  3. each codebook is fitted by k-means to what those before it left over, the first to the envelope. The decoder learns
+     to decode 1, 2, 4 or 8 of them, a number drawn for every clip, so that any number will do;
   4. envelope, codebooks and decoder adapt to each other, the encoder slowly, through the quantiser.
 
 The losses follow EnCodec's (arXiv 2210.13438, section 3.4), with one for intelligibility (`words_loss`); a balancer

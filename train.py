@@ -275,13 +275,12 @@ def open_log(args, out, last, path):
         log = open(path, "a")
     except OSError as error:
         sys.exit(f"error: cannot write {path} beside --out {out} ({error.strerror})")
-    with contextlib.suppress(ImportError):                    # Windows has no fcntl
+    with contextlib.suppress(ImportError, OSError):           # Windows has no fcntl, a network disk perhaps no locks
         import fcntl
         try:
             fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):   # not that of a network disk without locks
-                sys.exit(f"error: another training is writing {path}: choose another --out")
+        except (BlockingIOError, PermissionError):
+            sys.exit(f"error: another training is writing {path}: choose another --out")
     return log
 
 

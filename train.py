@@ -158,20 +158,18 @@ def parse_arguments():
     add("--codec-dir", help="folder with EnCodec's weights, instead of downloading them")
     add("--mel-codebooks", type=int, metavar="K", help="use the mel of the audio decoded from the first K codebooks, "
         "as in sampling; 0: of the original audio (default: as many as the model predicts, but 0 if it predicts one)")
-    add("--mix", type=int, metavar="K", help="in training use the mel of K codebooks in every other crop instead (0: "
-        "of the original audio), to measure whether it helps to know both (default: off)")
-    add("--own-details", action="store_true", help="in training use, in every other crop, the mel decoded from the "
-        "right coarse codes and finer ones that the model itself has drawn (a kind of scheduled sampling); on a CPU a "
-        "step takes three to five times as long")
+    add("--mix", type=int, metavar="K", help="in training use --mel-codebooks K in every other crop, to measure "
+        "whether it helps to know both (default: off)")
+    add("--own-details", action="store_true", help="in training show every other crop the mel decoded from the right "
+        "coarse codes and finer ones that the model draws itself; on a CPU a step takes three to five times as long")
     add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
     add("--latents", action="store_true", help="use the codec's own vectors instead of the mel: the decoder's input "
         "for K codebooks or, with --mel-codebooks 0, the encoder's output before it is quantised")
     add("--window", type=int, nargs=2, default=list(WINDOW), metavar=("RISE", "FALL"), help="shape of the mel's "
         "window, in samples; 512 512 is a Hann window of 1024 (default: %(default)s)")
-    add("--lookahead", type=int, default=0, metavar="N", help="let the window end N samples past the frame (192 with "
-        "--window 512 512: the usual one, centred on the frame's first sample), to measure what seeing the future is "
-        "worth; -N: the same window, but samples past the frame are zero; with --mel-codebooks 0 (default: "
-        "%(default)s)")
+    add("--lookahead", type=int, default=0, metavar="N", help="with --mel-codebooks 0, let the window end N samples "
+        "past the frame, to measure what the future is worth (192 with --window 512 512: the usual one, centred on the "
+        "frame's first sample); -N: the same window, but samples past the frame are zero (default: %(default)s)")
     add = parser.add_argument_group("what to train").add_argument
     add("--model", choices=PRESETS, default="nano", help="preset of model.py (default: %(default)s)")
     add("--n-codebooks", type=int, help="codes to predict for each frame, 1: the coarse one (default: the preset's)")
@@ -180,16 +178,13 @@ def parse_arguments():
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="other fields of model.py's "
         "Config, for example use_codes=False n_mel_layer=2")
     add = parser.add_argument_group("how to train").add_argument
-    add("--steps", type=int, default=300, help="default: %(default)s")
+    add("--steps", type=int, default=300, help="the learning rate falls over them, by a cosine (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="crops of one context each, per step (default: %(default)s)")
-    add("--stretch", type=int, metavar="N", help="draw pieces of N positions and cut them into neighbouring crops: "
-        "batches of the same size from fewer places, to measure what many places are worth; clips shorter than N leave "
-        "rows empty (default: one crop)")
-    add("--accumulate", type=int, default=1, metavar="N",
-        help="split each batch into N parts, to save memory (default: %(default)s)")
-    add("--lr", type=float, help="highest learning rate, after the warm-up; then cosine decay to a tenth (default: "
-        "1.2e-2 for the nano models, 1e-3 for larger ones; best were, for nano, 1.2e-2 in 300 steps and 6e-3 in 2,400, "
-        "for larger ones 3e-3 to 6e-3 in 400)")
+    add("--stretch", type=int, metavar="N", help="draw pieces of N positions and cut them into crops, to measure what "
+        "crops of many places are worth; clips shorter than N leave rows empty (default: one crop)")
+    add("--accumulate", type=int, default=1, help="parts to split a batch into, to save memory (default: %(default)s)")
+    add("--lr", type=float, help="highest learning rate, after the warm-up (default: 1.2e-2 for the nano models, 1e-3 "
+        "for larger ones; best: for nano 1.2e-2 in 300 steps and 6e-3 in 2,400, for larger ones 3e-3 to 6e-3 in 400)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--clip", type=float, default=1.0, help="clip the gradient to this norm (default: %(default)s)")
@@ -200,8 +195,7 @@ def parse_arguments():
     add("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: bfloat16 on cuda)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda only)")
     add = parser.add_argument_group("files").add_argument
-    add("--out", default="out.pt", help="checkpoint; .last.pt and .jsonl of the same name go beside it (default: "
-        "%(default)s)")
+    add("--out", default="out.pt", help="checkpoint; its .last.pt and .jsonl go beside it (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run of --out, with the options it was started with")
     add("--overwrite", action="store_true", help="start anew even if --out exists")
     add("--eval", metavar="CKPT", help="print a checkpoint's validation figures and each clip's NLL, then exit")

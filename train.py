@@ -180,8 +180,8 @@ def parse_arguments():
     add = parser.add_argument_group("how to train").add_argument
     add("--steps", type=int, default=300, help="the learning rate falls over them, by a cosine (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="crops of one context each, per step (default: %(default)s)")
-    add("--stretch", type=int, metavar="N", help="draw pieces of N positions and cut them into crops, to measure what "
-        "crops of many places are worth; clips shorter than N leave rows empty (default: one crop)")
+    add("--stretch", type=int, metavar="N", help="cut the crops from pieces of N positions, thus from fewer places, "
+        "to measure what many places are worth; clips shorter than N leave rows empty (default: one crop)")
     add("--accumulate", type=int, default=1, help="parts to split a batch into, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate, after the warm-up (default: 1.2e-2 for the nano models, 1e-3 "
         "for larger ones; best: for nano 1.2e-2 in 300 steps and 6e-3 in 2,400, for larger ones 3e-3 to 6e-3 in 400)")

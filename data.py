@@ -55,7 +55,8 @@ SIDES = {"train", "training", "val", "valid", "validation", "validate", "dev", "
          "holdout", "heldout", "held-out", "held_out"}        # what the sides of a split are often called
 File = namedtuple("File", "name size time")                    # its path below the dataset's folder, bytes, nanoseconds
 BLOCK = 10 * SAMPLE_RATE             # samples: audio is read, resampled and encoded this much at a time
-LONG = 60                            # seconds: on a CPU a longer file is encoded alone, and less in all by one process
+LONG = 60                            # seconds: on a CPU a longer file is encoded alone; if all files together are
+                                     # shorter, a single process encodes them
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {".oga", ".opus", ".aif"}
 
 
@@ -105,11 +106,12 @@ def read_blocks(path, n, ahead=0):
 def encode_files(paths, problems, codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
     """Encode files side by side, block by block. Yields, for each block of each paths[i],
 
-        (i, codes (t, K) uint16, mel (t, 80) float16)         and why a file cannot be used is noted in problems[i]
+        (i, codes (t, K) uint16, mel (t, 80) float16)
 
     Everything is causal, so shorter files can be padded, and the padding's frames be dropped.
-    mel_codebooks: 0 for the mel of the file itself, K for that of what the first K codebooks decode to. latents: the
-    codec's vectors in place of either mel, (t, C). lookahead, window: as in `log_mel`.
+    problems: a list, None for each path; why a file cannot be read, or not to its end, is put there. mel_codebooks: 0
+    for the mel of the file itself, K for that of what the first K codebooks decode to. latents: the codec's vectors in
+    place of either mel, (t, C). lookahead, window: as in `log_mel`.
     """
     block_size = BLOCK if codec.device.type != "cpu" else max(BLOCK // len(paths) // HOP, 1) * HOP       # bounds memory
     encoder, decoder = codec.stream_encoder(), codec.stream_decoder()         # one state for all, a row for each file

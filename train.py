@@ -178,7 +178,7 @@ def parse_arguments():
     add("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="other fields of model.py's "
         "Config, for example use_codes=False n_mel_layer=2")
     add = parser.add_argument_group("how to train").add_argument
-    add("--steps", type=int, default=300, help="the learning rate falls over them, by a cosine (default: %(default)s)")
+    add("--steps", type=int, default=300, help="the learning rate falls over them, to a tenth (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="crops of one context each, per step (default: %(default)s)")
     add("--stretch", type=int, metavar="N", help="cut the crops from pieces of N positions, thus from fewer places, "
         "to measure what many places are worth; clips shorter than N leave rows empty (default: one crop)")

@@ -418,8 +418,8 @@ def parse_arguments():
     add("--resume", action="store_true", help="go on from OUT.last, written every two minutes, with its options")
     args = parser.parse_args()
     # with fewer steps phases would be left out; 29 frames are one segment of `words_loss`
-    if args.steps < 5 or args.batch_size < 1 or args.frames < 29:
-        parser.error("--steps must be at least 5, --batch-size 1, --frames 29")
+    if args.steps < 4 or args.batch_size < 1 or args.frames < 29:
+        parser.error("--steps must be at least 4, --batch-size 1, --frames 29")
     if Path(args.out).is_dir() or not Path(args.out).parent.is_dir():
         parser.error(f"--out {args.out}: not a file in an existing folder")
     choose_device(args.device)                                # exits in one line if it cannot be used

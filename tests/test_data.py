@@ -130,7 +130,9 @@ def test_only_a_recordings_mel_can_look_ahead(tmp_path, tiny_codec, options):
 
 @pytest.mark.parametrize("lookahead", [192, 352, 704])
 def test_the_mel_may_look_ahead(tmp_path, tiny_codec, lookahead):
-    waves = [noise(n / SAMPLE_RATE)[:, 0].astype(np.float32) for n in (30 * HOP + 319, 12 * HOP, 250 * HOP + 1)]
+    # blocks of 187 frames: one file ends just past three of them, another less than a lookahead past one
+    lengths = (30 * HOP + 319, 12 * HOP, 187 * HOP + 150, 3 * 187 * HOP + 1)
+    waves = [noise(n / SAMPLE_RATE)[:, 0].astype(np.float32) for n in lengths]
     folder = tmp_path / "in"
     folder.mkdir()
     for i, wave in enumerate(waves):

@@ -64,6 +64,13 @@ def test_filterbank_equals_librosas_slaney_filterbank():
     assert (filterbank - expected).abs().max() < 1e-5 * expected.max()      # its largest weight is only 0.03
 
 
+@pytest.mark.parametrize("n_fft, n_mels", [(1024, 80), (512, 20), (64, 80), (2048, 1)])
+def test_a_band_is_the_sum_of_all_powers_weighted_by_its_triangle(n_fft, n_mels):
+    segments = torch.randn(3, 300, n_fft)                  # (64, 80): the lowest triangles hold no bin
+    power = torch.fft.rfft(segments * hann_window(n_fft)).abs().square()
+    assert torch.allclose(mel.mel_power(segments, n_mels), power @ mel_filterbank(n_fft, n_mels), rtol=1e-4, atol=1e-6)
+
+
 def test_mel_scale_is_librosas_and_its_inverse_undoes_it():
     hz = torch.linspace(0, 12_000, 1000, dtype=torch.float64)
     assert (mel_to_hz(hz_to_mel(hz)) - hz).abs().max() < 1e-8

@@ -50,6 +50,7 @@ short     the same three with 32 positions, where music gains most, three seeds;
           with 256: from stretches of 256 frames, each cut into eight crops
 codec     `coarse` and `coarse-gpt` with the codes of codecs whose first codebook describes something else;
           refit_codec.py makes them
+decoder   `coarse-heard` and `coarse-gpt` with the codes of two of those, decoded by decoders trained for them
 paper     `gpt-s`, `gpt-m`, `gpt-l` and `hybrid`, 3.7 to 39 million parameters, each with the best of three learning
           rates, and `hybrid-heard`, with the rate of `hybrid`. For a GPU: `--only paper --device cuda --jobs 5`
 scale     the same five on three hours of audio, 1,200 steps; and `hybrid` and `gpt-m` with the codes of `late`
@@ -89,7 +90,7 @@ HANN = ["--window", "512", "512"]
 CODES8, NOISE = ["--set", "n_input_codebooks=8"], ["--set", "mel_noise=0.5"]
 STEPS = {n: ["--steps", str(n)] for n in (600, 1200, 2400)}
 REFITTED = {first: f"runs/{first}-{MINI_SHA256[:8]}.pt"                       # by refit_codec.py
-            for first in ("whole", "waveform", "hann", "late", "plain")}
+            for first in ("whole", "waveform", "hann", "late", "plain", "hann-decoder", "late-decoder")}
 TRIO = {"coarse": COARSE, "coarse-heard": HEARD, "coarse-gpt": GPT}       # trained on recordings, decoded audio, no mel
 SIZES = ("gpt-s", "gpt-m", "hybrid", "gpt-l")
 LARGE = "--n-codebooks 1 --context 256 --batch-size 32".split()
@@ -137,7 +138,9 @@ EXPERIMENTS = {
               for suffix, stretch in (("", []), ("-stretch256", ["--stretch", "256"]))
               for name, options in TRIO.items()},
     "codec": {f"{name}-{first}": [*options, "--codec", codec] for first, codec in REFITTED.items()
-              for name, options in (("coarse", COARSE), ("coarse-gpt", GPT))},
+              if "decoder" not in first for name, options in (("coarse", COARSE), ("coarse-gpt", GPT))},
+    "decoder": {f"{name}-{first}": [*options, "--codec", REFITTED[first]] for first in ("hann-decoder", "late-decoder")
+                for name, options in (("coarse-heard", HEARD), ("coarse-gpt", GPT))},
     "paper": {**{name: ["--model", name, *PAPER] for name in SIZES},
               "hybrid-heard": ["--model", "hybrid", *PAPER, "--mel-codebooks", "8"]},
     "scale": {**{f"{name}-steps1200": ["--model", name, *SCALE] for name in SIZES},
@@ -146,7 +149,7 @@ EXPERIMENTS = {
                  for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
 SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "longer", "shipped", "codes8", "own", "double", "short", "codec",
-                 "paper", "scale")
+                 "decoder", "paper", "scale")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]

@@ -15,7 +15,9 @@ codebooks are refitted by k-means, the first one to other latents of a frame:
     plain       as late, but nothing of the previous envelope is subtracted (see `Envelope`)
 
 For the last three, `mini`'s encoder is first trained further, to write that envelope into its latents. The decoder is
-not trained for any of these codes: they are for predicting, not for listening.
+not trained for any of these codes: they are for predicting, not for listening. Except with
+
+    hann-decoder, late-decoder      the same codes, and a decoder trained for them: for models that hear decoded sound
 """
 import argparse
 import sys
@@ -32,11 +34,11 @@ from experiments import REFITTED
 from mel import HANN, HOP, SAMPLE_RATE, WINDOW
 from model import save
 from tokens import MINI, load_codec
-from train_codec import ENVELOPE, SHAPE, WAVEFORM, WHITEN, Envelope, batch, fit_codebooks, load
+from train_codec import ENVELOPE, SHAPE, WAVEFORM, WHITEN, Envelope, backward, batch, fit_codebooks, load, measure
 
 FIRST = {"whole": slice(0, SHAPE["dimension"]), "waveform": WAVEFORM}
 ENVELOPES = {"hann": (HANN, WHITEN), "late": (WINDOW, WHITEN), "plain": (WINDOW, 0.0)}
-STEPS = 800
+STEPS, DECODER_STEPS = 800, 2000
 
 
 def teach_envelope(encoder, train, envelope):
@@ -57,6 +59,22 @@ def teach_envelope(encoder, train, envelope):
     encoder.requires_grad_(False)
 
 
+def teach_decoder(model, train):
+    """Train `mini`'s decoder further, for what all eight new codebooks say, as in phase 3 of train_codec.py."""
+    optimizer = torch.optim.AdamW(model.decoder.requires_grad_(True).parameters(), betas=(0.8, 0.99), weight_decay=0.0)
+    norms = {}
+    for step in range(DECODER_STEPS):
+        wave = batch(train, np.random.default_rng((2, step)), 8, 48 * HOP)
+        optimizer.zero_grad()
+        losses, _ = backward(model, None, wave, torch.full((len(wave),), 8), 3, None, norms)
+        torch.nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 5e-4 * min(1, (step + 1) / 200) * (1 - step / DECODER_STEPS)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}  mel loss {losses['mel'].item():.3f}", flush=True)
+    model.decoder.requires_grad_(False)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Refit the codebooks of mini.")
     parser.add_argument("first", choices=REFITTED, help="what the first codebook describes")
@@ -64,18 +82,24 @@ def main():
                         help="folders of audio (default: the bundled ones)")
     args = parser.parse_args()
     try:
-        train, _ = load(args.data)
+        train, held_out = load(args.data)
     except DataError as error:
         sys.exit(f"error: {error}")
+    first, _, decoder = args.first.partition("-")
     model = load_codec("mini").model
     torch.manual_seed(0)
     torch.set_flush_denormal(True)                            # silence makes denormals, slow on a CPU
     waves = batch(train, np.random.default_rng(0), 256, 4 * SAMPLE_RATE)
-    if args.first in ENVELOPES:
-        teach_envelope(model.encoder, train, Envelope(waves[:64], *ENVELOPES[args.first]))
+    if first in ENVELOPES:
+        teach_envelope(model.encoder, train, Envelope(waves[:64], *ENVELOPES[first]))
     with torch.no_grad():
         latents = torch.cat([model.encoder(some).mT.flatten(0, 1) for some in waves[:, None].split(16)])
-    fit_codebooks(model.quantizer, latents, FIRST.get(args.first, ENVELOPE))
+    fit_codebooks(model.quantizer, latents, FIRST.get(first, ENVELOPE))
+    if decoder:
+        teach_decoder(model, train)
+        for folder, clips in zip(args.data, held_out):        # the first 4 s of 12 clips
+            clips = [np.resize(clip, 4 * SAMPLE_RATE) for clip in clips[:12]]
+            print(folder, *measure(model, torch.from_numpy(np.stack(clips)) / 32768), flush=True)
     saved = torch.load(MINI, weights_only=True)
     saved["weights"] = {name: weight.half() for name, weight in model.state_dict().items() if name in saved["weights"]}
     out = ROOT / REFITTED[args.first]

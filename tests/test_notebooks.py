@@ -469,23 +469,28 @@ def test_a_codec_fitted_to_nothing_is_one_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("first, heard", [("whole", [True, True]), ("waveform", [True, False]),
-                                          *((first, [False, True]) for first in ("hann", "late", "plain"))])
+                                          *((first, [False, True]) for first in ("hann", "late", "plain",
+                                                                                 "late-decoder"))])
 def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, first, heard):
     monkeypatch.setattr(refit_codec, "ROOT", tmp_path)
-    monkeypatch.setattr(refit_codec, "load", lambda folders: (folders, None))
+    monkeypatch.setattr(refit_codec, "load", lambda folders: (folders, [[np.ones(9, np.int16)]] * len(folders)))
     monkeypatch.setattr(refit_codec, "STEPS", 100)
+    monkeypatch.setattr(refit_codec, "DECODER_STEPS", 3)
     made = []
 
     def bursts(n, frames):
         return 0.05 * torch.randn(n, frames * 320) * torch.randn(n, frames).exp().repeat_interleave(320, 1)
 
     def batch(folders, rng, n, n_samples):
-        made.append(bursts(4, 300) if n == 256 else bursts(2, 20))
+        made.append(bursts(4, 300) if n == 256 else bursts(2, 30))
         return made[-1]
     monkeypatch.setattr(refit_codec, "batch", batch)
     monkeypatch.setattr(sys, "argv", ["refit_codec.py", first])
     refit_codec.main()
     codec, mini = load_codec(tmp_path / experiments.REFITTED[first]), load_codec("mini")
+    first, _, decoder = first.partition("-")                                      # another decoder only if asked for
+    same = [torch.equal(a, b) for a, b in zip(codec.model.decoder.parameters(), mini.model.decoder.parameters())]
+    assert not any(same) if decoder else all(same)
     book = codec.vectors[0]
     assert [bool(book[:, part].std() > 0) for part in (refit_codec.WAVEFORM, train_codec.ENVELOPE)] == heard
     assert (book[:, train_codec.COUNT] == mini.vectors[0][:, train_codec.COUNT]).all()        # how many are heard

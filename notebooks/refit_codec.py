@@ -98,8 +98,9 @@ def main():
     if decoder:
         teach_decoder(model, train)
         for folder, clips in zip(args.data, held_out):        # the first 4 s of 12 clips
-            clips = [np.resize(clip, 4 * SAMPLE_RATE) for clip in clips[:12]]
-            print(folder, *measure(model, torch.from_numpy(np.stack(clips)) / 32768), flush=True)
+            clips = torch.from_numpy(np.stack([np.resize(clip, 4 * SAMPLE_RATE) for clip in clips[:12]])) / 32768
+            for name, codec in (("mini", load_codec("mini").model), (args.first, model)):
+                print(folder, name, *measure(codec, clips), flush=True)
     saved = torch.load(MINI, weights_only=True)
     saved["weights"] = {name: weight.half() for name, weight in model.state_dict().items() if name in saved["weights"]}
     out = ROOT / REFITTED[args.first]

@@ -198,8 +198,8 @@ def split_clips(names, dataset=None):
     Top-level folders train/ and val/ decide, if both are there. DataError if anything stands beside them, or if a
     folder with another usual name of one side, test/ for example, stands beside something else. Otherwise about a tenth
     validates, the clips whose path's hash is low, so that adding a file moves no other (in a small folder at least the
-    lowest, until a lower one comes). A dataset of corpora.py has a split, or groups (a speaker's clips) that stay
-    whole.
+    lowest and never the highest, until a lower or a higher one comes). A dataset of corpora.py has a split, or groups
+    (a speaker's clips) that stay whole.
     """
     corpus = CORPORA.get(dataset)
     if corpus and corpus.val:
@@ -421,7 +421,7 @@ class Dataset:
             self.meta = json.loads((home / "meta.json").read_text())
             clips, statistics = np.load(home / "clips.npy"), np.load(home / "mel_statistics.npz")
             self.mel_statistics = statistics["mean"], statistics["covariance"]
-            made_of = [{**self.meta, "dataset": None, "codec": None}, clips.tolist()]
+            made_of = [{**self.meta, "dataset": None, "codec": None, "skipped": []}, clips.tolist()]
             self.fingerprint = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
             is_val = np.array([clip["val"] for clip in self.meta["clips"]])
             self.train, self.val = clips[~is_val], clips[is_val]

@@ -172,7 +172,7 @@ def _log_mel(segments, lookahead, window):
     """
     if lookahead < 0:
         segments = F.pad(segments[..., -lookahead:], (0, -lookahead))
-    with torch.autocast(segments.device.type, enabled=False):                 # half precision would overflow
+    with torch.autocast(segments.device.type, enabled=False):                 # bfloat16 would round the powers
         return mel_power(segments.float(), window=window).clamp(min=FLOOR).log()
 
 

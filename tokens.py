@@ -118,8 +118,8 @@ def run_piece(module, x, state):
 
 
 def exact(method):
-    """A method of one tensor and more, without gradients and in float32, also inside torch.autocast: in half precision
-    a tenth of all coarse codes would be others."""
+    """A method of one tensor and more, without gradients and in float32, also inside torch.autocast: in bfloat16 a
+    tenth of all coarse codes would be others."""
     @functools.wraps(method)
     def wrapped(self, x, *args, **options):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

@@ -330,6 +330,7 @@ def test_unusable_files_are_skipped_and_named_in_one_line(tmp_path, tiny_codec, 
 
     clean = prepare(clips(tmp_path / "clean", n=3), tiny_codec, tmp_path / "cache", quiet=True)
     assert np.array_equal(dataset.codes, clean.codes) and np.array_equal(dataset.mel, clean.mel)
+    assert dataset.fingerprint == clean.fingerprint           # so training can go on without the unusable ones
 
 
 @pytest.mark.parametrize("rate", [1, 2_000_000_000])

@@ -43,7 +43,7 @@ own       as `nano` in shipped, but given the mel of its own finer codes in half
 recorded  as `nano` in shipped, but trained on the mel of recordings: what it generates shows what the gap costs. One
           seed
 double    `nano`, `nano-gpt` and `nano-codes8` for 2,400 steps, on six hours of audio (`--lr 6e-3`: chosen after 300
-          steps, `nano` and `nano-gpt` would take twice that, which turned out worse)
+          steps, `nano` and `nano-gpt` would take twice that, which turned out worse, as did half of it)
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but the same number of targets a step:
           the longer the context, the fewer places they come from
 short     the same three with 32 positions, where music gains most, three seeds; and again from as few places a step as

@@ -1054,7 +1054,7 @@ def test_a_command_that_failed_can_be_corrected_and_run_again(run, tmp_path):
     (["--batch-size", "many"], ["--batch-size"]),
     (["--accumulate", 3], ["--accumulate"]),
     (["--stretch", 16], ["--stretch 16", "context, 32"]),
-    (["--n-codebooks", 2, "--batch-size", 16_384], ["65,536 frames at once, at most 65,535", "--accumulate"]),
+    (["--n-codebooks", 2, "--batch-size", 16_384], ["65,536 frames", "at most 65,535", "--accumulate"]),
     (["--stretch", 128], ["--stretch 128", "divide the batch, 64"]),
     (["--model", "gpt-5"], ["gpt-5"]),
     (["--dropout", 1.5], ["--dropout"]),

@@ -422,7 +422,7 @@ def test_an_unpacking_that_was_interrupted_is_done_again(published, server):
     assert not staging.exists()
 
 
-def test_the_addresses_and_checksums_are_those_of_the_publishers():
+def test_archives_come_from_their_publishers_by_https_and_have_whole_checksums():
     archives = {a for corpus in corpora.CORPORA.values() for a in corpus.archives}
     assert {Archive(*a).url.split("/")[2] for a in archives} == {"www.openslr.org", "os.unil.cloud.switch.ch"}
     assert all(a.url.startswith("https://") for a in archives)

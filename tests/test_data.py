@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -882,6 +883,21 @@ def test_the_unigram_figure_is_add_one_cross_entropy(tmp_path, tiny_codec):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own memory from /proc")
+def test_joining_takes_no_more_memory_for_a_longer_clip(tmp_path):
+    (tmp_path / "clips").mkdir()
+    for i, n in enumerate((1_000_000, 1)):                                         # 3.7 hours; 176 MB, all zeros
+        with open(tmp_path / "clips" / f"{i}.clip", "wb") as file:
+            file.truncate(2 * n * (8 + 80))
+    tracemalloc.start()
+    try:
+        data._join(tmp_path, "long", ["train/a.wav", "val/b.wav"], {"n_codebooks": 8, "n_mels": 80}, [])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.load(tmp_path / "mel.npy", mmap_mode="r").shape == (1_000_001, 80)
+    assert peak < 150e6
+
+
 def test_a_hundred_hours_take_no_more_memory_than_their_batches(tmp_path):
     n, resident = 100 * 3600 * 75, lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     home = tmp_path / "home"

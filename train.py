@@ -460,7 +460,7 @@ def main():
     data, *others = (prepare(args.dataset, codec, **kind) for kind in kinds)      # processes take turns by its lock
     whole = lambda path: os.path.abspath(os.path.expanduser(path))            # to be found again from any folder
     args.dataset = args.dataset if args.dataset in (*BUNDLED, *CORPORA) else whole(args.dataset)
-    args.codec = args.codec if args.codec == codec.name else whole(args.codec)    # else a file
+    args.codec = args.codec if args.codec in ("mini", "encodec") else whole(args.codec)
     args.codec_dir = args.codec_dir and whole(args.codec_dir)
     unigram = data.unigram_nll() if MASTER else 0.0           # reads all codes
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")

@@ -32,6 +32,7 @@ size      both models narrower and wider (not in pairs of equal size: two curves
 steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
 noise     `nano` and `coarse` with noise on the mel in training, as the sound they will generate is never quite right
 mix       `coarse-heard` and `nano` given the recording's mel in half of the crops, so that they know both
+twice     `coarse`, `coarse-heard` and `coarse-gpt` trained twice as long, three seeds
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
 robust    as `nano` in shipped, but with twice the noise; given the recording's mel in half of the crops; given that of
@@ -119,6 +120,7 @@ EXPERIMENTS = {
     "size": {f"{name}-width{n}": [*options, "--set", f"n_embd={n}", f"n_head={n // 32}", f"n_inner={4 * n}"]
              for n in (64, 192) for name, options in (("coarse", COARSE), ("coarse-gpt", GPT))},
     "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
+    "twice": {f"{name}-steps600": [*options, *STEPS[600]] for name, options in TRIO.items()},
     "noise": {"nano-noise": [*NANO, *NOISE], "coarse-noise": [*COARSE, *NOISE]},
     "mix": {"coarse-heard-mix": [*HEARD, "--mix", "0"], "nano-mix": [*NANO, "--mix", "0"]},
     **{name: {f"nano-noise-steps{n}": [*NANO, *STEPS[n], *NOISE], f"nano-steps{n}": [*NANO, *STEPS[n]],
@@ -148,8 +150,8 @@ EXPERIMENTS = {
               **{f"{name}-late-steps1200": ["--model", name, *SCALE, "--codec", REFITTED["late"]]
                  for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "longer", "shipped", "codes8", "own", "double", "short", "codec",
-                 "decoder", "paper", "scale")
+SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "twice", "longer", "shipped", "codes8", "own", "double", "short",
+                 "codec", "decoder", "paper", "scale")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]

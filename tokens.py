@@ -19,7 +19,7 @@ Two codecs, both of one class of the `encodec` package (Défossez et al., arXiv 
 
 Everything runs piece by piece (`stream_encoder`, `stream_decoder`): each layer remembers the little of the past that it
 needs, so any split gives the result of one pass, up to float rounding, and a file of any length takes no more memory
-than ten seconds. To read first: `Codec`, then `run_piece`.
+than ten seconds.
 """
 import functools
 import hashlib
@@ -31,9 +31,9 @@ from pathlib import Path
 
 import torch
 
-# encodec imports torchaudio, which we never use. Its wheel for Linux is built for CUDA and fails to load beside a CPU
-# build of torch (OSError) or one for another CUDA (RuntimeError): then, and only then, an empty module of that name
-# (with a spec, for find_spec) takes its place.
+# encodec imports torchaudio, which only train_codec.py --adversarial uses. Its wheel for Linux is built for CUDA and
+# fails to load beside a CPU build of torch (OSError) or one for another CUDA (RuntimeError): then, and only then, an
+# empty module of that name (with a spec, for find_spec) takes its place.
 try:
     import torchaudio                # noqa: F401
 except (ImportError, OSError, RuntimeError):
@@ -54,8 +54,8 @@ SILENCE = 8                          # frames of silence before a clip for a cod
 
 MINI = Path(__file__).parent / "assets" / "mini.pt"
 MINI_SHA256 = "da13ab60fe19712f5ce7b639acb10fcca1455ee60c551ffdc19008beb0726169"
+TRAINING_ONLY = ("inited", "cluster_size", "embed_avg")       # the quantiser's, for training: not in mini's file
 ENCODEC_SHA256 = "d7cc33bc"          # its first eight digits, which Meta put into the file's name
-TRAINING_ONLY = ("inited", "cluster_size", "embed_avg")       # assets/train_codec.py's running sums, in no file
 ENCODEC_FILE = f"encodec_24khz-{ENCODEC_SHA256}.th"
 
 # GPU and CPU should find the same codes: no TF32, which rounds mantissas to 10 bits, in convolutions and LSTM
@@ -66,56 +66,7 @@ class CodecError(RuntimeError):
     """A codec that cannot be loaded, or input that it cannot take; the message is one line, meant for the user."""
 
 
-# ----------------------------------------------------------------------------- networks, one piece at a time
-
-def run_piece(module, x, state):
-    """Apply one of EnCodec's modules to the next piece of a signal, x (B, C, T) -> (B, C', T').
-
-    Pieces are whole frames, so that every stride divides them and no layer is left with half an output.
-    `state` is a dict, empty at the start of a clip: layer -> what it must remember. For a causal convolution, the last
-    inputs that its kernel still reaches. For the LSTM, its hidden and cell state. A transposed convolution's kernel is
-    twice its stride, so input t adds `now` to block t of the outputs, a stride long, and `later` to block t + 1:
-
-        y[block t] = now[t] + later[t - 1]                    remembered: `later` of the last input
-    """
-    if isinstance(module, torch.nn.Sequential):
-        for child in module:
-            x = run_piece(child, x, state)
-        return x
-    if isinstance(module, SEANetResnetBlock):
-        return run_piece(module.shortcut, x, state) + run_piece(module.block, x, state)
-    if isinstance(module, SConv1d):
-        conv = module.conv.conv
-        # how many inputs before the current stride the kernel still reaches; the package pads by as many
-        reach = (conv.kernel_size[0] - 1) * conv.dilation[0] - (conv.stride[0] - 1)
-        if module in state:
-            x = torch.cat([state[module], x], dim=-1)
-        else:                                                 # the start of the clip: pad as the package does
-            x = pad1d(x, (reach, 0), mode=module.pad_mode)
-        state[module] = x[..., x.shape[-1] - reach:].clone()  # a view would keep all of x
-        return module.conv(x)
-    if isinstance(module, SConvTranspose1d):
-        conv = module.convtr.convtr                           # as a matrix product: faster than the package's
-        blocks = x.mT @ conv.weight.flatten(1)                # (B, T, C' * 2 * stride)
-        now, later = blocks.unflatten(2, (conv.out_channels, 2, conv.stride[0])).unbind(3)        # (B, T, C', stride)
-        before = state.get(module, torch.zeros_like(later[:, :1]))
-        state[module] = later[:, -1:].clone()
-        y = now + torch.cat([before, later[:, :-1]], dim=1)   # block t: the `now` of input t, the `later` of t - 1
-        return y.transpose(1, 2).flatten(2) + conv.bias[:, None]
-    if isinstance(module, SLSTM):
-        x = x.permute(2, 0, 1)                                # (T, B, C)
-        before = state.get(module, x.new_zeros(2, module.lstm.num_layers, *x.shape[1:]))
-        if len(x) > 1:
-            y, state[module] = module.lstm(x, tuple(before))
-        else:                                                 # module.lstm would pack its weights anew at every call
-            y, after = x[0], []                               # layer by layer; y, h and c are (B, C)
-            for h, c, weights in zip(*before, module.lstm.all_weights):
-                y, c = torch.lstm_cell(y, (h, c), *weights)
-                after.append((y, c))
-            y, state[module] = y[None], tuple(torch.stack(part) for part in zip(*after))
-        return (y + x if module.skip else y).permute(1, 2, 0)
-    return module(x)                                          # activations, identities: no memory
-
+# ----------------------------------------------------------------------------- the codec
 
 def exact(method):
     """A method of one tensor and more, without gradients and in float32, also inside torch.autocast: in bfloat16 a
@@ -126,54 +77,6 @@ def exact(method):
             return method(self, x, *args, **options)
     return wrapped
 
-
-class StreamEncoder:
-    """`push(wave (B, n)) -> codes (B, K, t)`: the codes that became complete; n >= 0, split anywhere, the same B."""
-
-    def __init__(self, codec, n_codebooks):
-        self.codec, self.n_codebooks = codec, n_codebooks
-        self.state, self.rest = {}, None                      # rest: samples of a frame that is not yet complete
-
-    def push(self, wave):
-        return torch.cat([self.codec.quantize(self.latents(piece), self.n_codebooks)
-                          for piece in wave.split(PIECE, dim=-1)], dim=-1)
-
-    @exact
-    def latents(self, wave):
-        """Instead of `push`: the encoder's output before quantisation, (B, C, t). Keep pieces to a few seconds: only
-        `push` cuts longer ones, to bound memory."""
-        encoder = self.codec.model.encoder
-        if self.codec.silence_frames and not self.state:      # the first piece
-            silence = wave.new_zeros(len(wave), 1, self.codec.silence_frames * HOP)
-            run_piece(encoder.model, silence, self.state)
-        if self.rest is not None:
-            wave = torch.cat([self.rest, wave], dim=-1)
-        whole = wave.shape[-1] // HOP * HOP
-        self.rest = wave[:, whole:].clone()
-        if whole == 0:
-            return wave.new_zeros(len(wave), encoder.dimension, 0)
-        return run_piece(encoder.model, wave[:, None, :whole], self.state)
-
-
-class StreamDecoder:
-    """`push(codes (B, K, t)) -> wave (B, t * 320)`: t >= 0, split anywhere, the same B and K each time."""
-
-    def __init__(self, codec):
-        self.codec, self.state = codec, {}
-
-    @exact
-    def push(self, codes):
-        model = self.codec.model
-        if self.codec.silence_frames and not self.state:      # the first piece
-            silence = self.codec.silence_codes[:, :codes.shape[1]].expand(len(codes), -1, -1)
-            run_piece(model.decoder.model, self.codec.dequantize(silence), self.state)
-        if codes.shape[-1] == 0:
-            return codes.new_zeros(len(codes), 0, dtype=torch.float32)
-        return torch.cat([run_piece(model.decoder.model, self.codec.dequantize(piece), self.state)[:, 0]
-                          for piece in codes.split(PIECE // HOP, dim=-1)], dim=-1)
-
-
-# ----------------------------------------------------------------------------- the codec
 
 class Codec:
     """An EnCodec model behind two calls, `encode` and `decode`. Made by `load_codec`; always eval, never a gradient.
@@ -253,17 +156,112 @@ class Codec:
         return StreamDecoder(self)
 
 
+# ----------------------------------------------------------------------------- networks, one piece at a time
+
+class StreamEncoder:
+    """`push(wave (B, n)) -> codes (B, K, t)`: the codes that became complete; n >= 0, split anywhere, the same B."""
+
+    def __init__(self, codec, n_codebooks):
+        self.codec, self.n_codebooks = codec, n_codebooks
+        self.state, self.rest = {}, None                      # rest: samples of a frame that is not yet complete
+
+    def push(self, wave):
+        return torch.cat([self.codec.quantize(self.latents(piece), self.n_codebooks)
+                          for piece in wave.split(PIECE, dim=-1)], dim=-1)
+
+    @exact
+    def latents(self, wave):
+        """Instead of `push`: the encoder's output before quantisation, (B, C, t). Keep pieces to a few seconds: only
+        `push` cuts longer ones, to bound memory."""
+        encoder = self.codec.model.encoder
+        if self.codec.silence_frames and not self.state:      # the first piece
+            silence = wave.new_zeros(len(wave), 1, self.codec.silence_frames * HOP)
+            run_piece(encoder.model, silence, self.state)
+        if self.rest is not None:
+            wave = torch.cat([self.rest, wave], dim=-1)
+        whole = wave.shape[-1] // HOP * HOP
+        self.rest = wave[:, whole:].clone()
+        if whole == 0:
+            return wave.new_zeros(len(wave), encoder.dimension, 0)
+        return run_piece(encoder.model, wave[:, None, :whole], self.state)
+
+
+class StreamDecoder:
+    """`push(codes (B, K, t)) -> wave (B, t * 320)`: t >= 0, split anywhere, the same B and K each time."""
+
+    def __init__(self, codec):
+        self.codec, self.state = codec, {}
+
+    @exact
+    def push(self, codes):
+        model = self.codec.model
+        if self.codec.silence_frames and not self.state:      # the first piece
+            silence = self.codec.silence_codes[:, :codes.shape[1]].expand(len(codes), -1, -1)
+            run_piece(model.decoder.model, self.codec.dequantize(silence), self.state)
+        if codes.shape[-1] == 0:
+            return codes.new_zeros(len(codes), 0, dtype=torch.float32)
+        return torch.cat([run_piece(model.decoder.model, self.codec.dequantize(piece), self.state)[:, 0]
+                          for piece in codes.split(PIECE // HOP, dim=-1)], dim=-1)
+
+
+def run_piece(module, x, state):
+    """Apply one of EnCodec's modules to the next piece of a signal, x (B, C, T) -> (B, C', T').
+
+    Pieces are whole frames, so that every stride divides them and no layer is left with half an output.
+    `state` is a dict, empty at the start of a clip: layer -> what it must remember. For a causal convolution, the last
+    inputs that its kernel still reaches. For the LSTM, its hidden and cell state. A transposed convolution's kernel is
+    twice its stride, so input t adds `now` to block t of the outputs, a stride long, and `later` to block t + 1:
+
+        y[block t] = now[t] + later[t - 1]                    remembered: `later` of the last input
+    """
+    if isinstance(module, torch.nn.Sequential):
+        for child in module:
+            x = run_piece(child, x, state)
+        return x
+    if isinstance(module, SEANetResnetBlock):
+        return run_piece(module.shortcut, x, state) + run_piece(module.block, x, state)
+    if isinstance(module, SConv1d):
+        conv = module.conv.conv
+        # how many inputs before the current stride the kernel still reaches; the package pads by as many
+        reach = (conv.kernel_size[0] - 1) * conv.dilation[0] - (conv.stride[0] - 1)
+        if module in state:
+            x = torch.cat([state[module], x], dim=-1)
+        else:                                                 # the start of the clip: pad as the package does
+            x = pad1d(x, (reach, 0), mode=module.pad_mode)
+        state[module] = x[..., x.shape[-1] - reach:].clone()  # a view would keep all of x
+        return module.conv(x)
+    if isinstance(module, SConvTranspose1d):
+        conv = module.convtr.convtr                           # as a matrix product: faster than the package's
+        blocks = x.mT @ conv.weight.flatten(1)                # (B, T, C' * 2 * stride)
+        now, later = blocks.unflatten(2, (conv.out_channels, 2, conv.stride[0])).unbind(3)        # (B, T, C', stride)
+        before = state.get(module, torch.zeros_like(later[:, :1]))
+        state[module] = later[:, -1:].clone()
+        y = now + torch.cat([before, later[:, :-1]], dim=1)   # block t: the `now` of input t, the `later` of t - 1
+        return y.transpose(1, 2).flatten(2) + conv.bias[:, None]
+    if isinstance(module, SLSTM):
+        x = x.permute(2, 0, 1)                                # (T, B, C)
+        before = state.get(module, x.new_zeros(2, module.lstm.num_layers, *x.shape[1:]))
+        if len(x) > 1:
+            y, state[module] = module.lstm(x, tuple(before))
+        else:                                                 # module.lstm would pack its weights anew at every call
+            y, after = x[0], []                               # layer by layer; y, h and c are (B, C)
+            for h, c, weights in zip(*before, module.lstm.all_weights):
+                y, c = torch.lstm_cell(y, (h, c), *weights)
+                after.append((y, c))
+            y, state[module] = y[None], tuple(torch.stack(part) for part in zip(*after))
+        return (y + x if module.skip else y).permute(1, 2, 0)
+    return module(x)                                          # activations, identities: no memory
+
+
 # ----------------------------------------------------------------------------- which weights
 
 def build_mini(n_filters, dimension, lstm, n_codebooks=8):
     """A small causal EncodecModel at EnCodec's rates, zero padding, untrained."""
     shape = dict(n_filters=n_filters, dimension=dimension, lstm=lstm, ratios=[8, 5, 4, 2], causal=True,
                  pad_mode="constant", norm="none")
-    with warnings.catch_warnings():                           # torch deprecates the weight_norm that encodec calls
-        warnings.simplefilter("ignore")
-        return EncodecModel(SEANetEncoder(**shape), SEANetDecoder(**shape),
-                            ResidualVectorQuantizer(dimension=dimension, n_q=n_codebooks, bins=CODEBOOK_SIZE),
-                            target_bandwidths=[0.75 * n_codebooks], sample_rate=SAMPLE_RATE, channels=1)
+    return EncodecModel(SEANetEncoder(**shape), SEANetDecoder(**shape),
+                        ResidualVectorQuantizer(dimension=dimension, n_q=n_codebooks, bins=CODEBOOK_SIZE),
+                        target_bandwidths=[0.75 * n_codebooks], sample_rate=SAMPLE_RATE, channels=1)
 
 
 def load_codec(name="mini", device="cpu", folder=None):
@@ -288,12 +286,10 @@ def load_codec(name="mini", device="cpu", folder=None):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = build_mini(**saved["config"])
-        weights = {key: value.float() for key, value in saved["weights"].items()}
-        missing, unexpected = model.load_state_dict(weights, strict=False)
+        running = {key: value for key, value in model.state_dict().items() if key.endswith(TRAINING_ONLY)}
+        model.load_state_dict(running | saved["weights"])     # into float32; raises for any other missing key
     except Exception as error:       # torch.load raises many kinds of exception for a foreign or damaged file
         raise CodecError(f"{path} is not a codec file of assets/train_codec.py ({type(error).__name__})") from error
-    if wrong := [key for key in missing if not key.endswith(TRAINING_ONLY)] + unexpected:
-        raise CodecError(f"{path} does not fit its own configuration: {wrong[0]} is missing or unknown")
     return Codec(model, path.stem, checksum[:16], device)
 
 
@@ -312,7 +308,7 @@ def _load_encodec(device, folder):
     if not folder and cached.is_file() and not _sha256(cached).startswith(ENCODEC_SHA256):
         raise CodecError(f"the cached download {cached} is damaged: delete it and try again")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():                       # torch deprecates the weight_norm that encodec calls
             warnings.simplefilter("ignore")
             model = EncodecModel.encodec_model_24khz(repository=Path(folder) if folder else None)
     except Exception as error:       # network, disk, checksum, unpickling: all mean that the weights cannot be had

@@ -10,8 +10,8 @@ The first takes two to three hours on two CPU cores, the second, which made the 
 H100. Clips that train.py would validate on (`data.split_clips`) are held out, for measuring every thousand steps from
 phase 3 on.
 
-An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. Trained all at once, from
-random weights, it ends up using one codebook, which says little. So it is trained in four phases:
+An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. A first one, trained all
+at once from random weights for forty minutes, ended up using one codebook. So it is trained in four phases:
 
   1. the encoder alone learns to write the spectral envelope (`Envelope`) into an eighth of its latents. The others pass
      the waveform on (`initialise`), except the last four (`count_latents`);
@@ -48,8 +48,9 @@ from encodec import msstftd                                                     
 from encodec.modules.seanet import SConv1d, SConvTranspose1d, SEANetResnetBlock, SLSTM
 
 SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in samples, mel bands) of the mel loss
-WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,       # shares of the gradient,
-           "decoder": 1.0, "envelope": 1.0, "unchanged": 1.0, "commitment": 0.3}              # see `balance`
+# shares of the gradient, see `balance`: of that at the decoder's output and, separately, of that at the latents
+WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,
+           "decoder": 1.0, "envelope": 1.0, "unchanged": 1.0, "commitment": 0.3}
 OFTEN = {1: 0.2, 2: 0.3, 4: 0.2, 8: 0.3}                      # number of codebooks a clip is decoded from: probability
 PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # each: the fraction of the steps at which it ends, and
           (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # the learning rates of encoder and decoder
@@ -239,8 +240,8 @@ def quantize(quantizer, latents, counts, adapt):
 # ----------------------------------------------------------------------------- losses
 
 def log_bands(wave, n_fft, n_mels, hop, floor=3e-5, window=None):
-    """log(mel power + floor), wave (B, N) -> (B, N // hop, n_mels). The floor, some 65 dB below a voice, limits the
-    logarithm's slope, which is largest where there is least to hear."""
+    """log(mel power + floor), wave (B, N) -> (B, N // hop, n_mels). The floor limits the logarithm's slope, which is
+    largest where there is least to hear; as power grows with the window, it cuts off most in short ones."""
     return (mel_power(frame(wave, n_fft, hop), n_mels, window) + floor).log()
 
 
@@ -475,6 +476,7 @@ def main():
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.steps} steps on {args.device}")
 
     on_gpu = args.device.startswith("cuda")                   # one process could not make batches fast enough
+    # the data set is the steps' numbers; collate_fn makes a batch of each
     batches = torch.utils.data.DataLoader(range(step, args.steps), collate_fn=functools.partial(inputs, train, args),
                                           batch_size=None, pin_memory=on_gpu, num_workers=8 * on_gpu)
     next_save = time.time() + SAVE_EVERY

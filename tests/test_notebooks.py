@@ -322,6 +322,7 @@ def test_closeness_draws_as_it_is_told_and_says_so(monkeypatch, tmp_path):
         for frame in range(n_frames):
             yield torch.randint(1024, (num, 8, 1)), 0.1 * torch.randn(num, 320)
     monkeypatch.setattr(closeness, "generate", generate)
+    monkeypatch.setattr(closeness, "DRAWS", 3)
     monkeypatch.setattr(closeness, "recordings", lambda *_: ([wave], [wave]))
     out, ready = tmp_path / "out.json", NOTEBOOKS.parent / "assets" / "nano-speech.pt"
     for given, drawn in ([], None), (["--top-p", "0.9"], 0.9):

@@ -31,6 +31,17 @@ def test_every_command_is_one_that_the_scripts_understand(script):
             script.parse_arguments()
 
 
+@pytest.mark.parametrize("page", ["README.md", "assets/README.md", "results/README.md"])
+def test_every_link_leads_to_something_that_is_there(page):
+    for link in re.findall(r"\]\((?!http)([^)\s]+)\)", (ROOT / page).read_text()):
+        name, _, heading = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if heading:                                           # as GitHub writes it: small letters, hyphens, no marks
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
 @pytest.mark.parametrize("script", [train, sample])
 def test_help_can_be_printed(script, capsys):
     with mock.patch.object(sys, "argv", ["", "--help"]), pytest.raises(SystemExit) as end:

@@ -15,6 +15,7 @@ import pytest
 
 import sample
 import train
+from model import PRESETS, HybridGPT
 
 ROOT = Path(train.__file__).absolute().parent
 README = (ROOT / "README.md").read_text()
@@ -49,14 +50,27 @@ def test_help_can_be_printed(script, capsys):
     assert not end.value.code and "--device" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dataset, name", [("speech", "bundled (synthetic) speech"), ("music", "bundled music"),
-                                           ("corpus-speech", "real speech")])
-def test_the_table_shows_what_was_measured(dataset, name):
-    runs = {model: experiments.best_runs(dataset, model) for model in ("coarse-gpt", "coarse", "coarse-heard")}
-    tokens_only, *cells = (f"{np.mean([run['best']['val_nll'] for run in found]):.3f}" for found in runs.values())
-    for i, (model, mel) in enumerate((("coarse", "0"), ("coarse-heard", "8"))):
-        cells[i] += f" (**{experiments.gain(runs[model], runs['coarse-gpt'], mel).mean:+.3f}**)"
-    assert f"| {name} | 1.2 | {tokens_only} | {' | '.join(cells)} |" in README
+SMALL, LARGE = ("coarse-gpt", "coarse", "coarse-heard"), ("gpt-l", "hybrid", "hybrid-heard")
+LONG = [f"{model}-steps1200" for model in LARGE]
+
+
+@pytest.mark.parametrize("dataset, models, name", [
+    ("speech", SMALL, "bundled (synthetic) speech"), ("music", SMALL, "bundled music"),
+    ("corpus-speech", SMALL, "real speech"), ("corpus-speech", LARGE, "real speech"), ("music", LARGE, "bundled music"),
+    ("large-speech", LONG, "three hours of synthetic speech"), ("large-music", LONG, "three hours of synthetic music")])
+def test_the_table_shows_what_was_measured(dataset, models, name):
+    gpt, hybrid, heard = runs = [experiments.best_runs(dataset, model) for model in models]
+    tokens_only, *cells = (f"{np.mean([run['best']['val_nll'] for run in found]):.3f}" for found in runs)
+    for i, (found, mel) in enumerate(((hybrid, "0"), (heard, "8"))):
+        cells[i] += f" (**{experiments.gain(found, gpt, mel).mean:+.3f}**)"
+    size = "1.2" if models is SMALL else "3.9, tokens only 39"
+    assert f"| {name} | {size} | {tokens_only} | {' | '.join(cells)} |" in README
+
+
+def test_the_presets_are_of_the_size_that_is_stated():
+    for name, config in PRESETS.items():
+        line = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
+        assert line.split(" | ")[3] == f"{HybridGPT(config).n_params() / 1e6:.2g}", name
 
 
 @pytest.mark.parametrize("dataset", ["speech", "music"])

@@ -11,7 +11,7 @@ H100. Clips that train.py would validate on (`data.split_clips`) are held out, f
 phase 3 on.
 
 An autoencoder (EnCodec's SEANet, small) with a residual vector quantiser between its halves. A first one, trained all
-at once from random weights for forty minutes, ended up using one codebook. So it is trained in four phases:
+at once from random weights, ended up using only the first of its codebooks. So it is trained in four phases:
 
   1. the encoder alone learns to write the spectral envelope (`Envelope`) into an eighth of its latents. The others pass
      the waveform on (`initialise`), except the last four (`count_latents`);

@@ -21,7 +21,7 @@ window    `coarse` with Hann windows of 1024 samples instead of ours: one that e
           leak. These three also with the codes of `late` (see codec). And one of 600 samples (25 ms, as long as
           Whisper's) that ends with the frame
 leak      Hann windows that look further ahead, the same cut off, and a longer and a shorter window of our kind;
-          exploratory, with one seed, as are fuse, size, steps, noise and context
+          exploratory, with one seed, as are fuse, size, steps, noise, dropout and context
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel, all eight codes as
           embeddings, or the codec's own vectors: of the recording before quantisation, of one code, of all eight; both
           the mel of eight codebooks and all eight codes as embeddings
@@ -33,6 +33,8 @@ steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
 noise     `nano` and `coarse` with noise on the mel in training, as the sound they will generate is never quite right
 mix       `coarse-heard` and `nano` given the recording's mel in half of the crops, so that they know both
 twice     `coarse`, `coarse-heard` and `coarse-gpt` trained twice as long, three seeds
+dropout   `coarse-heard` and `coarse-gpt` as in twice, with a dropout of 0.2 and 0.3: does the gain shrink with the steps
+          because they overfit?
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
 robust    as `nano` in shipped, but with twice the noise; given the recording's mel in half of the crops; given that of
@@ -121,6 +123,8 @@ EXPERIMENTS = {
              for n in (64, 192) for name, options in (("coarse", COARSE), ("coarse-gpt", GPT))},
     "steps": {f"{name}-steps1200": [*options, "--steps", "1200"] for name, options in TRIO.items()},
     "twice": {f"{name}-steps600": [*options, *STEPS[600]] for name, options in TRIO.items()},
+    "dropout": {f"{name}-steps600-dropout{p}": [*TRIO[name], *STEPS[600], "--dropout", p]
+                for p in ("0.2", "0.3") for name in ("coarse-heard", "coarse-gpt")},
     "noise": {"nano-noise": [*NANO, *NOISE], "coarse-noise": [*COARSE, *NOISE]},
     "mix": {"coarse-heard-mix": [*HEARD, "--mix", "0"], "nano-mix": [*NANO, "--mix", "0"]},
     **{name: {f"nano-noise-steps{n}": [*NANO, *STEPS[n], *NOISE], f"nano-steps{n}": [*NANO, *STEPS[n]],

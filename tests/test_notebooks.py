@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -31,16 +32,26 @@ import refit_codec                                                     # noqa: E
 import train_codec                                                     # noqa: E402
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path):
+def execute(path, folder):
+    """Run a notebook in a process of its own, on few clips; returns that process, ended."""
     for split, n in (("train", 6), ("val", 2)):
-        (tmp_path / "clips" / split).mkdir(parents=True)
+        (folder / "clips" / split).mkdir(parents=True)
         for clip in sorted((NOTEBOOKS.parent / "assets" / "speech" / split).glob("*.ogg"))[:n]:
-            (tmp_path / "clips" / split / clip.name).symlink_to(clip)
-    done = subprocess.run([sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", path,
-                           "--output-dir", tmp_path], cwd=NOTEBOOKS, capture_output=True, text=True,
-                          env={**os.environ, "QUICK": str(tmp_path)})
-    assert done.returncode == 0, done.stderr[-3000:]
+            (folder / "clips" / split / clip.name).symlink_to(clip)
+    return subprocess.run([sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", path,
+                           "--output-dir", folder], cwd=NOTEBOOKS, capture_output=True, text=True,
+                          env={**os.environ, "QUICK": str(folder)})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def executed(request, tmp_path_factory):
+    """The notebooks that are to be tested, by path. They run in the background, two at a time, from this file's first
+    test on, and are waited for by its last ones."""
+    paths = [item.callspec.params["path"] for item in request.session.items
+             if getattr(item, "originalname", None) == test_a_notebook_runs.__name__]
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(execute, path, tmp_path_factory.mktemp(path.stem)) for path in paths}
+        pool.shutdown(cancel_futures=True)                    # those that have not begun, if a test has failed
 
 
 @pytest.fixture()
@@ -475,7 +486,7 @@ def test_a_codec_fitted_to_nothing_is_one_line(monkeypatch, tmp_path):
 def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, first, heard):
     monkeypatch.setattr(refit_codec, "ROOT", tmp_path)
     monkeypatch.setattr(refit_codec, "load", lambda folders: (folders, [[np.ones(9, np.int16)]] * len(folders)))
-    monkeypatch.setattr(refit_codec, "STEPS", 100)
+    monkeypatch.setattr(refit_codec, "STEPS", 1 if first == "late-decoder" else 60)           # its encoder is late's
     monkeypatch.setattr(refit_codec, "DECODER_STEPS", 3)
     made = []
 
@@ -491,17 +502,24 @@ def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, f
     codec, mini = load_codec(tmp_path / experiments.REFITTED[first]), load_codec("mini")
     first, _, decoder = first.partition("-")                                      # another decoder only if asked for
     same = [torch.equal(a, b) for a, b in zip(codec.model.decoder.parameters(), mini.model.decoder.parameters())]
-    assert not any(same) if decoder else all(same)
+    assert all(same) == (not decoder)
     book = codec.vectors[0]
     assert [bool(book[:, part].std() > 0) for part in (refit_codec.WAVEFORM, train_codec.ENVELOPE)] == heard
     assert (book[:, train_codec.COUNT] == mini.vectors[0][:, train_codec.COUNT]).all()        # how many are heard
     wave = bursts(1, 75)
     assert codec.encode(wave).unique().numel() > 100
     envelopes = {"hann": (HANN, 0.6), "late": (WINDOW, 0.6), "plain": (WINDOW, 0.0)}
-    if first in envelopes:                                                        # the encoder has learnt that one
+    assert len(made) == 1 + refit_codec.STEPS * (first in envelopes) + 3 * bool(decoder)
+    if first not in envelopes:
+        assert torch.equal(codec.model.encoder(wave[None]), mini.model.encoder(wave[None]))
+    elif not decoder:                                                             # the encoder has learnt that one
         latents = codec.model.encoder(wave[None])[:, train_codec.ENVELOPE, 3:]
         missed = {name: (latents - train_codec.Envelope(made[0], *how)(wave)[..., 3:]).square().mean()
                   for name, how in envelopes.items()}
         assert missed[first] == min(missed.values()) < 0.3 * max(missed.values())
-    else:
-        assert len(made) == 1 and torch.equal(codec.model.encoder(wave[None]), mini.model.encoder(wave[None]))
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs(path, executed):
+    done = executed[path].result()
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -85,15 +85,17 @@ def read_audio(path):
                 yield resampler.resample_chunk(wave)
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
     except (soundfile.SoundFileError, ValueError, TypeError, OSError) as error:           # TypeError: a .raw file
-        reason = str(error).removeprefix(f"Error opening {str(path)!r}: ") if os.path.exists(path) else "no such file"
-        raise DataError(f"{path}: cannot be read as audio ({reason.strip()})") from error
+        reason = str(error).removeprefix(f"Error opening {str(path)!r}: ").strip()
+        if not os.path.exists(path):
+            reason = "no such file, or no permission"
+        raise DataError(f"{path}: cannot be read as audio ({reason})") from error
     if n_samples == 0:
         raise DataError(f"{path}: holds no samples")
 
 
 def read_blocks(path, n, ahead=0):
     """A file in blocks of n samples, each with the `ahead` samples that follow it (past the end: zeros); the last block
-    is shorter, perhaps empty."""
+    is shorter, perhaps nothing but those zeros."""
     rest = np.zeros(0, np.float32)
     for piece in itertools.chain(read_audio(path), [np.zeros(ahead, np.float32)]):
         rest = np.concatenate([rest, piece])
@@ -172,7 +174,7 @@ def find_audio(dataset, cache=CACHE):
                        and not path.name.startswith("._"))            # macOS's notes on a file of that name
     except PermissionError as error:                          # in a folder that may be listed but not entered
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    both = dataset not in CORPORA and (folder / "train").is_dir() and (folder / "val").is_dir()
+    both = dataset not in CORPORA and all(os.path.isdir(folder / side) for side in ("train", "val"))
     for side in ("train/", "val/") if both else ("",):
         if not any(name.startswith(side) for name in names):
             raise DataError(f"no audio files under {folder / side} (looked for wav, flac, ogg, mp3 and the like)")
@@ -256,7 +258,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
         dataset = str(folder.resolve())                       # so that it is found again from anywhere
     short = os.fsencode(f"{Path(dataset).name}-{codec.name}")[:200].decode(errors="ignore")      # a name: 255 bytes
     home = Path(cache) / f"{short}-{key}"
-    ready = (home / "meta.json").is_file()
+    ready = os.path.isfile(home / "meta.json")                # False, too, if the cache may not be entered
     if not ready:
         with disk_errors(cache), locked(Path(cache)):
             if not (home / "meta.json").is_file():            # another process may have made it while this one waited
@@ -374,16 +376,16 @@ def _join(unfinished, dataset, names, made_with, skipped):
         cut = n_frames - n_frames // 10
         clips, used, is_val = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True]
     # how many frames of each file train; of a lone one, cut in two above, only the first part (where `zip` below ends)
-    train_frames = [0 if val else end - start for (start, end), val in zip(clips.tolist(), is_val)]
+    to_train = [0 if val else end - start for (start, end), val in zip(clips.tolist(), is_val)]
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{dataset}' is left to {'train' if all(is_val) else 'validate'} on")
-    n_train, total, products = sum(train_frames), np.zeros(n_mels), np.zeros((n_mels, n_mels))
+    train_frames, total, products = sum(to_train), np.zeros(n_mels), np.zeros((n_mels, n_mels))
     # written, not mapped: on a full disk a write raises OSError, whereas a mapped page would kill the process
     with open(unfinished / "codes.npy", "wb") as codes, open(unfinished / "mel.npy", "wb") as mels:
         for file, dtype, n_columns in (codes, "<u2", K), (mels, "<f2", n_mels):
             np.lib.format.write_array_header_1_0(
                 file, {"descr": dtype, "fortran_order": False, "shape": (n_frames, n_columns)})
-        for path, left in zip(paths.values(), train_frames):
+        for path, left in zip(paths.values(), to_train):
             with open(path, "rb") as file:
                 while len(rows := np.fromfile(file, np.uint16, 100_000 * width).reshape(-1, width)):
                     codes.write(rows[:, :K].tobytes())
@@ -391,13 +393,13 @@ def _join(unfinished, dataset, names, made_with, skipped):
                     part = rows[:left, K:].view(np.float16).astype(np.float64)
                     left -= len(part)
                     total, products = total + part.sum(0), products + part.T @ part
-    mean = total / n_train                                    # and covariance E[x x'] - E[x] E[x]': one pass is enough
-    covariance = products / n_train - np.outer(mean, mean) + 1e-4 * np.eye(n_mels)        # silence has no variance
+    mean = total / train_frames                               # and covariance E[x x'] - E[x] E[x]': one pass is enough
+    covariance = products / train_frames - np.outer(mean, mean) + 1e-4 * np.eye(n_mels)        # silence has no variance
     np.savez(unfinished / "mel_statistics.npz", mean=mean, covariance=covariance)
     np.save(unfinished / "clips.npy", clips.astype(np.int64))
     meta = {"dataset": dataset, **made_with,
-            "n_frames": n_frames, "train_frames": n_train, "val_frames": n_frames - n_train, "skipped": skipped,
-            "clips": [{"name": c, "val": bool(v)} for c, v in zip(used, is_val)]}
+            "n_frames": n_frames, "train_frames": train_frames, "val_frames": n_frames - train_frames,
+            "skipped": skipped, "clips": [{"name": c, "val": bool(v)} for c, v in zip(used, is_val)]}
     (unfinished / "meta.json").write_text(json.dumps(meta, indent=1))
 
 

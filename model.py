@@ -374,7 +374,8 @@ FORMAT = "whisper-gpt-5"             # weights of format 4 would load, but learn
 def to_checkpoint(model, **facts):
     """What a checkpoint holds: configuration, weights and `facts`; plain types and tensors only.
 
-    sample.py and --eval need facts about the data: pass those of a `Dataset`'s meta.
+    sample.py and --eval need facts about the data: pass those of a `Dataset`'s meta and, if its codec came from a
+    file, that file's path as `codec`.
     """
     return {**facts, "format": FORMAT, "config": asdict(model.config), "model": model.state_dict()}
 

@@ -102,6 +102,12 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
         yield codes, wave
 
 
+def can_be_written(path):
+    """Is its folder there, and writable, and is it no folder itself?"""
+    with contextlib.suppress(OSError):                        # a folder that may not be entered, a name too long
+        return path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(allow_abbrev=False, usage="python sample.py [options]",
                                      description="Generate audio from a checkpoint of train.py.")
@@ -139,8 +145,7 @@ def main():
     out, live = Path(args.out), args.out == "-"
     several = args.num > 1 and out.name                       # "" and / have no name to add a number to
     names = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.num)] if several else [out]
-    if not live and (out.suffix.lower() not in (".wav", ".flac") or any(name.is_dir() for name in names)
-                     or not out.parent.is_dir() or not os.access(out.parent, os.W_OK)):
+    if not live and (out.suffix.lower() not in (".wav", ".flac") or not all(map(can_be_written, names))):
         sys.exit(f"error: cannot write {out}: --out takes a .wav or .flac file in an existing, writable folder")
     model, codec, checkpoint = load(args.ckpt, choose_device(args.device), args.codec, args.codec_dir)
     trained_on, hears = checkpoint["mel_codebooks"], model.config.n_codebooks         # the mel of that many codebooks

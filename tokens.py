@@ -25,6 +25,7 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -273,11 +274,11 @@ def load_codec(name="mini", device="cpu", folder=None):
     if folder == "":                                          # a shell variable that is not set
         raise CodecError("the folder of EnCodec's weights has an empty name")
     if name == "encodec":
-        return _load_encodec(device, folder)
+        return _load_encodec(device, folder and os.path.expanduser(folder))
     if folder:
         raise CodecError(f"a folder of weights goes with codec encodec, not with '{name}'")
-    path = MINI if name == "mini" else Path(name).expanduser()
-    if name != "mini" and not path.is_file():
+    path = MINI if name == "mini" else Path(os.path.expanduser(name))
+    if name != "mini" and not os.path.isfile(path):
         raise CodecError(f"no codec '{name}': use mini, encodec, or a file written by assets/train_codec.py")
     checksum = _sha256(path)
     if name == "mini" and checksum != MINI_SHA256:

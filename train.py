@@ -59,8 +59,8 @@ MASTER = RANK == 0                   # this process evaluates, prints and writes
 def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
     """Score the coarse code over the whole validation split, each target once (see Dataset.validation).
 
-    Returns {"val_nll" in nats a code, "val_ppl", "val_acc"}, for a model of K > 1 codebooks also the list
-    "val_nll_finer", codebooks 2 to K; and, for a bootstrap, each clip's mean NLL and number of targets.
+    Returns {"val_nll" in nats a code, "val_ppl", "val_acc", "val_nll_finer" (a list, codebooks 2 to K), "clip_nll" and
+    "clip_targets" (for a bootstrap: each clip's mean NLL and number of targets)}.
     """
     was_training = model.training
     model.eval()
@@ -79,10 +79,9 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
         finer += losses[1:].cpu().double().numpy() * (coarse != IGNORE).sum().item()
     model.train(was_training)
     nll, accuracy = float(sums.sum() / counts.sum()), float(correct / counts.sum())
-    figures = {"val_nll": nll, "val_ppl": float(np.exp(min(nll, 700))), "val_acc": accuracy}
-    if len(finer):
-        figures["val_nll_finer"] = (finer / counts.sum()).round(4).tolist()
-    return {**figures, "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.tolist()}
+    return {"val_nll": nll, "val_ppl": float(np.exp(min(nll, 700))), "val_acc": accuracy,
+            "val_nll_finer": (finer / counts.sum()).round(4).tolist(),
+            "clip_nll": (sums / counts).round(4).tolist(), "clip_targets": counts.tolist()}
 
 
 @torch.no_grad()
@@ -512,7 +511,7 @@ def main():
     # --- the loop
     catch_signals()
     start, tokens_logged, time_logged = time.perf_counter() - seconds, tokens_seen, time.perf_counter()
-    lr, grad_norm = 0.0, torch.zeros(())                      # for `diverged`, before the first step
+    lr, grad_norm = 0.0, torch.zeros(())                      # before the first step, for the check for divergence
     while True:
         # A run is evaluated, saved and ended only here, between two steps. Apart from `best`, what is saved is the
         # state before this evaluation: --resume cuts the log back to log_size and evaluates again
@@ -528,7 +527,7 @@ def main():
             write_log({"step": step, "unigram_nll": unigram, "n_params": n_params, "tokens_seen": tokens_seen,
                        "seconds": round(seconds, 1), **figures})
             better = figures["val_nll"] < best
-            finer = figures.get("val_nll_finer", [])
+            finer = figures["val_nll_finer"]
             say(f"step {step:5d}  val NLL {figures['val_nll']:.4f}  perplexity {figures['val_ppl']:.1f}  accuracy "
                 f"{100 * figures['val_acc']:.2f} %" + (f"  finer codes {np.mean(finer):.3f}" if finer else "")
                 + ("  (best so far)" if better and step else ""))

@@ -1,6 +1,7 @@
 """conftest.py: what all tests share. `python -m pytest` from the repository root runs them all but those marked slow,
 which `python -m pytest --slow` runs, too."""
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -102,6 +103,19 @@ def noise(seconds, rate=SAMPLE_RATE, channels=1, seed=0):
     n = round(seconds * rate)
     swell = np.sin(np.arange(n) / rate * 7 + seed) ** 2
     return 0.2 * swell[:, None] * np.random.default_rng(seed).standard_normal((n, channels)).clip(-4, 4)
+
+
+@contextlib.contextmanager
+def closed(folder):
+    """A folder that may not be entered: nothing can be learnt about what is in it. (chmod would not stop root.)"""
+    stat = os.stat
+
+    def refusing(path, **options):
+        if not isinstance(path, int) and folder in Path(os.fsdecode(path)).parents:
+            raise PermissionError(errno.EACCES, "Permission denied", os.fsdecode(path))
+        return stat(path, **options)
+    with mock.patch.object(os, "stat", refusing):
+        yield
 
 
 def spy(owner, name):

@@ -25,7 +25,7 @@ import torch
 
 import corpora
 import data
-from conftest import ending, noise, spy, wait_for
+from conftest import closed, ending, noise, spy, wait_for
 from data import IGNORE, START, DataError, Dataset, prepare, read_audio, split_clips
 from mel import HANN, HOP, SAMPLE_RATE, log_mel
 
@@ -295,6 +295,20 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "scandir", refusing)
     assert len(data.find_audio(tmp_path / "in", tmp_path / "cache")[1]) == 2
     assert f"skipped the folder {tmp_path / 'in' / 'closed'}: Permission denied" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path, monkeypatch):
+    clips(tmp_path / "in")
+    monkeypatch.setattr(os, "scandir", mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+    with closed(tmp_path / "in"), pytest.raises(DataError, match="no audio files under .*in"):
+        data.find_audio(str(tmp_path / "in"), tmp_path / "cache")
+
+
+def test_a_cache_that_may_not_be_entered_is_named(tmp_path, tiny_codec):
+    (tmp_path / "cache").mkdir()
+    folder = clips(tmp_path / "in")
+    with closed(tmp_path / "cache"), pytest.raises(DataError, match="no permission to use .*cache"):
+        prepare(folder, tiny_codec, tmp_path / "cache", quiet=True)
 
 
 def test_a_folder_that_may_be_listed_but_not_entered_is_named(tmp_path):

@@ -22,7 +22,7 @@ import torch
 import data
 import sample
 from bench_sample import recompute
-from conftest import assert_refused, ending, noise, run_script, spy, wait_for
+from conftest import assert_refused, closed, ending, noise, run_script, spy, wait_for
 from mel import HOP, StreamingLogMel, log_mel
 from model import Config, HybridGPT, save, to_checkpoint
 from sample import draw, generate
@@ -348,6 +348,9 @@ def test_what_is_too_loud_is_cut_off_in_the_file_and_heard_by_the_model_as_it_is
     (["--ckpt", "absent.pt"], ["absent.pt"]),
     (["--prompt", "absent.wav"], ["absent.wav", "no such file"]),
     (["--codec", "absent"], ["absent"]),
+    (["--codec", "~nobody-of-that-name/a.pt"], ["no codec '~nobody-of-that-name/a.pt'"]),
+    (["--codec", 300 * "a"], ["no codec 'aaa"]),
+    (["--out", 300 * "a" + ".wav"], ["cannot write aaa"]),
     (["--out", "nowhere/a.wav"], ["nowhere"]),
     (["--out", "sample.mp3"], ["sample.mp3", ".wav"]),
     (["--temperature", -1], ["--temperature"]),
@@ -367,6 +370,13 @@ def test_what_is_too_loud_is_cut_off_in_the_file_and_heard_by_the_model_as_it_is
 def test_a_bad_option_is_one_clear_line(run, tmp_path, options, words):
     assert_refused(run(*options), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_in_a_folder_that_may_not_be_entered_is_refused(run, tmp_path):
+    (tmp_path / "closed").mkdir()
+    with closed(tmp_path / "closed"):
+        assert_refused(run("--out", tmp_path / "closed" / "a.wav"), "cannot write")
+        assert_refused(run("--out", tmp_path / "closed" / "in" / "a.wav"), "cannot write")
 
 
 def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(run, ckpt, tmp_path):

@@ -18,7 +18,7 @@ import encodec.model
 import pytest
 import soundfile
 import torch
-from conftest import Malicious, liven
+from conftest import Malicious, closed, liven
 from encodec.model import EncodecModel
 
 import tokens
@@ -343,6 +343,11 @@ def test_a_codec_file_that_must_not_be_read_is_refused(tiny_codec_file, monkeypa
     assert f"cannot read {tiny_codec_file} (Permission denied)" in refusal(lambda: load_codec(str(tiny_codec_file)))
 
 
+def test_a_codec_in_a_folder_that_may_not_be_entered_is_refused(tiny_codec_file):
+    with closed(tiny_codec_file.parent):
+        assert f"no codec '{tiny_codec_file}'" in refusal(lambda: load_codec(str(tiny_codec_file)))
+
+
 def test_a_file_that_is_no_codec_is_refused(tiny_codec_file, tmp_path):
     (tmp_path / "text.pt").write_text("not a codec\n" * 100)
     saved = torch.load(tiny_codec_file, weights_only=True)
@@ -459,8 +464,10 @@ def test_encodec_without_a_network_names_the_address_and_the_option(meta, stand_
         assert ("HTTP Error 404" in message) == online
 
 
-def test_encodec_is_read_from_a_folder_without_a_network(meta, stand_in):
+def test_encodec_is_read_from_a_folder_without_a_network(meta, stand_in, monkeypatch):
     assert_is_stand_in(load_codec("encodec", folder=str(stand_in.parent)), stand_in)
+    monkeypatch.setenv("HOME", str(stand_in.parent.parent))
+    assert_is_stand_in(load_codec("encodec", folder=f"~/{stand_in.parent.name}"), stand_in)
 
 
 def test_a_folder_without_the_weights_or_with_wrong_ones_is_refused(meta, stand_in, tmp_path):

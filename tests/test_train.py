@@ -243,7 +243,7 @@ def test_codes_are_predicted_and_mels_are_shown_of_as_many_codebooks_as_asked(ru
     meta = json.loads((run.cache / checkpoint["data_key"] / "meta.json").read_text())
     assert model.config.n_codebooks == n_codebooks and meta["mel_codebooks"] == mel_codebooks
     for entry in evaluations(tmp_path / "out.jsonl"):
-        finer = entry.get("val_nll_finer", [])
+        finer = entry["val_nll_finer"]
         assert len(finer) == n_codebooks - 1 and all(6 < nll < 7.5 for nll in finer)
 
 

@@ -97,14 +97,9 @@ def mel_filterbank(n_fft=N_FFT, n_mels=N_MELS):
 
 @functools.lru_cache(maxsize=32)
 def _constants(n_fft, n_mels, window, device):
-    """On a device, made once: the window, and the filterbank in blocks of bands, each with the bins it needs."""
+    """Window and filterbank on a device, made once."""
     with torch.inference_mode(False):          # a cached inference tensor could not be used in training later
-        blocks = []
-        for filters in mel_filterbank(n_fft, n_mels).split(16 if device.type == "cpu" else n_mels, dim=1):
-            bins = filters.any(dim=1).nonzero()[:, 0].tolist() or [0]             # none if triangles fall between bins
-            needed = slice(bins[0], bins[-1] + 1)
-            blocks.append((needed, filters[needed].contiguous().to(device)))
-        return asymmetric_window(n_fft, *window).to(device), blocks
+        return asymmetric_window(n_fft, *window).to(device), mel_filterbank(n_fft, n_mels).to(device)
 
 
 def frame(wave, n_fft=N_FFT, hop=HOP, lookahead=0):
@@ -126,14 +121,13 @@ def mel_power(segments, n_mels=N_MELS, window=None):
     if segments.numel() == 0:                  # some FFT libraries refuse an empty batch
         return segments.new_zeros(*segments.shape[:-1], n_mels)
     n_fft = segments.shape[-1]
-    weights, blocks = _constants(n_fft, n_mels, tuple(window or (n_fft // 2, n_fft // 2)), segments.device)
+    weights, filterbank = _constants(n_fft, n_mels, tuple(window or (n_fft // 2, n_fft // 2)), segments.device)
     at_once = 256 if segments.device.type == "cpu" else segments.shape[-2]    # as many as fit into a CPU's cache
     bands = []
     for part in segments.split(at_once, dim=-2):
         spectrum = torch.fft.rfft(part * weights)                             # (..., t, n_fft // 2 + 1)
         power = spectrum.real.square() + spectrum.imag.square()
-        # power @ filterbank, but on a CPU without most of its zeros: a band is made of few bins
-        bands.append(torch.cat([power[..., needed] @ filters for needed, filters in blocks], dim=-1))
+        bands.append(power @ filterbank)                                      # (..., t, n_mels)
     return torch.cat(bands, dim=-2)
 
 

@@ -24,6 +24,7 @@ import errno
 import math
 import os
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -104,8 +105,12 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
 
 def can_be_written(path):
     """Is its folder there, and writable, and is it no folder itself?"""
-    with contextlib.suppress(OSError):                        # a folder that may not be entered, a name too long
-        return path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()
+    try:
+        return os.access(path.parent, os.W_OK) and not stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:                                 # not there yet
+        return True
+    except OSError:                                           # in a folder that may not be entered, or too long a name
+        return False
 
 
 def parse_arguments():

@@ -502,7 +502,7 @@ def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, f
     codec, mini = load_codec(tmp_path / experiments.REFITTED[first]), load_codec("mini")
     first, _, decoder = first.partition("-")                                      # another decoder only if asked for
     same = [torch.equal(a, b) for a, b in zip(codec.model.decoder.parameters(), mini.model.decoder.parameters())]
-    assert all(same) == (not decoder)
+    assert sum(same) < 4 if decoder else all(same)                                # so short a training may miss a few
     book = codec.vectors[0]
     assert [bool(book[:, part].std() > 0) for part in (refit_codec.WAVEFORM, train_codec.ENVELOPE)] == heard
     assert (book[:, train_codec.COUNT] == mini.vectors[0][:, train_codec.COUNT]).all()        # how many are heard

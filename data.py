@@ -499,7 +499,7 @@ class Dataset:
             codes[row, :, n_start:n] = all_codes[first + n_start - 1:first + n - 1].T
             mel[row, n_start:n] = all_mel[first + n_start - 1:first + n - 1]
         if targets.max() >= CODEBOOK_SIZE or codes.max() > START:
-            raise self.damaged("codes that do not exist")
+            raise self.damaged(f"codes that do not exist: CODEBOOK_SIZE is {CODEBOOK_SIZE}")
         return torch.from_numpy(codes), torch.from_numpy(mel), torch.from_numpy(targets)
 
     def unigram_nll(self):

@@ -70,8 +70,8 @@ class CodecError(RuntimeError):
 # ----------------------------------------------------------------------------- the codec
 
 def exact(method):
-    """A method of one tensor and more, without gradients and in float32, also inside torch.autocast: in bfloat16 a
-    tenth of all coarse codes would be others."""
+    """A method of one tensor and more, without gradients and in float32, also inside torch.autocast: in bfloat16 more
+    than a tenth of all coarse codes would be others."""
     @functools.wraps(method)
     def wrapped(self, x, *args, **options):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -287,8 +287,8 @@ def load_codec(name="mini", device="cpu", folder=None):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = build_mini(**saved["config"])
-        running = {key: value for key, value in model.state_dict().items() if key.endswith(TRAINING_ONLY)}
-        model.load_state_dict(running | saved["weights"])     # into float32; raises for any other missing key
+        as_built = {key: value for key, value in model.state_dict().items() if key.endswith(TRAINING_ONLY)}
+        model.load_state_dict(as_built | saved["weights"])    # into float32; raises for any other missing key
     except Exception as error:       # torch.load raises many kinds of exception for a foreign or damaged file
         raise CodecError(f"{path} is not a codec file of assets/train_codec.py ({type(error).__name__})") from error
     return Codec(model, path.stem, checksum[:16], device)

@@ -9,7 +9,9 @@ for comparison, Opus at 6 kbit/s, the rate of 8 codebooks. For every clip:
 
     mel distance   mean |difference| of log-mels (mel.py's, but the usual Hann window), in nats; lower is better
     SI-SDR         scale-invariant signal-to-distortion ratio in dB (Le Roux et al., 1811.02508): the waveform itself
-    STOI           short-time objective intelligibility, 0 to 1 (Taal et al. 2011), speech only
+    STOI           short-time objective intelligibility, 0 to 1 (Taal et al. 2011), speech only; `mini` was trained for
+                   a relative of it
+    ESTOI          extended STOI (Jensen and Taal, 2016), which nobody was trained for, 0 to 1, speech only
     PESQ           wide-band at 16 kHz, 1.0 to 4.6 (ITU-T P.862.2), speech only
 
 and over all clips of a folder each codebook's perplexity: exp(entropy) of its codes, 1024 if all are equally frequent.
@@ -73,6 +75,7 @@ def compare(out, wave, speech):
     row = {"mel distance": (mels[0] - mels[1]).abs().mean().item(), "SI-SDR": si_sdr(out, wave)}
     if speech:
         row["STOI"] = stoi(wave, out, SAMPLE_RATE)
+        row["ESTOI"] = stoi(wave, out, SAMPLE_RATE, extended=True)
         row["PESQ"] = pesq(16_000, *(soxr.resample(w, SAMPLE_RATE, 16_000) for w in (wave, out)), "wb")
     return row
 
@@ -106,12 +109,13 @@ def cost(codec):
         decoder.push(frame)
     return {"encode 1 min, s": middle - start, "decode 1 min, s": end - middle,
             "stream, ms/frame": (time.perf_counter() - begin) / 250 * 1000,
-            "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}
+            "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000}         # Linux counts in kB
 
 
 def main():
     parser = argparse.ArgumentParser(description="Measure a codec on held-out clips.")
     parser.add_argument("--codec", default="mini", help="mini, encodec, or a file of train_codec.py")
+    parser.add_argument("--codec-dir", help="folder with EnCodec's weights")
     parser.add_argument("--data", nargs="+", default=["assets/speech", "assets/music"], help="folders of audio")
     parser.add_argument("--music", nargs="*", default=["assets/music"], help="those of --data that are not speech")
     parser.add_argument("--clips", type=int, default=40, help="at most this many of each folder, evenly spread")
@@ -122,7 +126,7 @@ def main():
     warnings.filterwarnings("ignore", module="pystoi")
     music = {Path(folder).resolve() for folder in args.music}
 
-    codec = load_codec(args.codec)
+    codec = load_codec(args.codec, folder=args.codec_dir)
     timing = cost(codec)
     _, held_out = load(args.data)
     for folder, waves in zip(args.data, held_out):

@@ -52,11 +52,12 @@ SCALES = ((256, 32), (512, 64), (1024, 80), (2048, 128))      # (window in sampl
 WEIGHTS = {"mel": 1.0, "wave": 0.1, "words": 3.0, "adversarial": 1.0, "features": 1.0,
            "decoder": 1.0, "envelope": 1.0, "unchanged": 1.0, "commitment": 0.3}
 OFTEN = {1: 0.2, 2: 0.3, 4: 0.2, 8: 0.3}                      # number of codebooks a clip is decoded from: probability
-PHASES = ((0.20, 3e-3, 0), (0.40, 5e-4, 5e-4),                # each: the fraction of the steps at which it ends, and
-          (0.50, 0, 5e-4), (1.0, 1e-4, 5e-4))                 # the learning rates of encoder and decoder
+PHASES = {1: (0.20, 3e-3, 0), 2: (0.40, 5e-4, 5e-4),          # each: the fraction of the steps at which it ends, and
+          3: (0.50, 0, 5e-4), 4: (1.0, 1e-4, 5e-4)}           # the learning rates of encoder and decoder
 SHAPE = dict(n_filters=16, dimension=132, lstm=2)             # of the networks
 # the 132 latents of a frame: for the waveform, for its spectral envelope, and for the number of codebooks decoded
 WAVEFORM, ENVELOPE, COUNT = slice(0, 112), slice(112, 128), slice(128, 132)
+COUNTED = (0, 1, 2, 4)                                        # the codebooks, from 0, that those of COUNT announce
 WHITEN = 0.6                                                  # how much of the previous frame `Envelope` subtracts
 NOISE = 0.09                                                  # standard deviation, about what one codebook leaves over
 SAVE_EVERY = 120                                              # seconds
@@ -91,7 +92,7 @@ def batch(train, rng, batch_size, n_samples):
         waves = train[rng.integers(len(train))]
         wave = waves[rng.integers(len(waves))]
         speed = rng.uniform(0.8, 1.25) if rng.random() < 0.5 else 1.0
-        n = int(n_samples * speed) + 8
+        n = int(n_samples * speed) + 8                        # more, as the resampler may return a little less
         start = rng.integers(max(1, len(wave) - n))
         crop = soxr.resample(wave[start:start + n].astype(np.float32) / 32768, SAMPLE_RATE * speed, SAMPLE_RATE)
         crop = np.pad(crop, (0, max(0, n_samples - len(crop))))[:n_samples]
@@ -132,10 +133,12 @@ def initialise(model, wave):
                 conv.weight *= 5
             else:
                 r = conv.stride[0]
-                patches = x[:, :len(basis)].unfold(2, r, r).transpose(1, 2).flatten(2).flatten(0, 1)          # (n, C*r)
+                patches = x[:, :len(basis)].unfold(2, r, r).transpose(1, 2)           # (B, T / r, C, r)
+                patches = patches.flatten(2).flatten(0, 1)                            # (B * T / r, C * r)
                 _, vectors = torch.linalg.eigh(patches.T @ patches)           # columns, by rising eigenvalue
                 basis = vectors.flip(1)[:, :conv.out_channels * 3 // 4].T.reshape(-1, len(basis), r)
-            mirror.append(basis if mirror else 1 / basis)     # the waveform: 0.1 in, 10 out
+            # principal components are undone by their transpose, below, the first layer's 0.1 by 10
+            mirror.append(basis if mirror else 1 / basis)
         plant(layer, basis)
         x = layer(x)
     model.encoder.model[-1].conv.conv.weight[COUNT] = 0       # the encoder leaves these latents to the codebooks
@@ -181,7 +184,7 @@ def count_latents(counts):
 
     They tell it how rough a waveform to expect. Every vector of codebook 1 holds 1/4 in the first of them, those of 2,
     3 and 5 in one of the others; they are added up. Within a codebook all agree there, so this changes no choice."""
-    return torch.stack([counts > n for n in (0, 1, 2, 4)], dim=1) / 4
+    return torch.stack([counts > k for k in COUNTED], dim=1) / 4
 
 
 @torch.no_grad()
@@ -190,19 +193,20 @@ def fit_codebooks(quantizer, latents, part, rounds=20):
 
     For the first, all but the latents `part`, the envelope, are taken as zero, so its vectors differ in nothing else.
     Otherwise the waveform, loud and hard to predict, would use up its ten bits."""
-    residual, target = latents, F.pad(latents[:, part], (part.start, latents.shape[1] - part.stop))
+    residual, target = latents, torch.zeros_like(latents)
+    target[:, part] = latents[:, part]
     for k, layer in enumerate(quantizer.vq.layers):
         book = layer._codebook
         book.embed.copy_(target[torch.randperm(len(target))[:CODEBOOK_SIZE]])
         for _ in range(rounds):
             index = nearest(target, book.embed)
-            count = torch.bincount(index, minlength=CODEBOOK_SIZE)[:, None]
+            size = torch.bincount(index, minlength=CODEBOOK_SIZE)[:, None]
             total = torch.zeros_like(book.embed).index_add_(0, index, target)
-            book.embed.copy_(torch.where(count > 0, total / count.clamp(min=1), book.embed))
-        book.cluster_size.copy_(count[:, 0] * CODEBOOK_SIZE / len(residual))     # 1 if used equally often
+            book.embed.copy_(torch.where(size > 0, total / size.clamp(min=1), book.embed))
+        book.cluster_size.copy_(size[:, 0] * CODEBOOK_SIZE / len(residual))      # 1 if used equally often
         book.embed_avg.copy_(book.embed * book.cluster_size[:, None])
         target = residual = residual - book.embed[nearest(residual, book.embed)]
-        book.embed[:, COUNT] = count_latents(torch.tensor([k + 1])) - count_latents(torch.tensor([k]))
+        book.embed[:, COUNT] = torch.tensor([k == counted for counted in COUNTED]) / 4
         left = residual.var(0).sum() / latents.var(0).sum()
         print(f"  k-means: {left:.3f} of the latents' variance left over", flush=True)
 
@@ -210,7 +214,7 @@ def fit_codebooks(quantizer, latents, part, rounds=20):
 @torch.no_grad()
 def follow(book, index, x, part):
     """Move the latents `part` of a codebook's vectors towards the mean of what was assigned to them: x (n, C), index
-    (n,). Running averages: cluster_size, how often a code is used, 1 on average; embed_avg, the sum of those x."""
+    (n,). Running averages: cluster_size, how often a code is used, 1 on average; embed_avg, that times the mean x."""
     # one-hot products and torch.where, not bincount or a list of dead codes, for which the CPU would await the GPU
     assigned = F.one_hot(index, CODEBOOK_SIZE).type_as(x) * (CODEBOOK_SIZE / len(x))      # (n, 1024)
     book.cluster_size.lerp_(assigned.sum(0), 0.01)
@@ -223,14 +227,14 @@ def follow(book, index, x, part):
 
 
 @torch.no_grad()
-def quantize(quantizer, latents, counts, adapt):
+def quantized(quantizer, latents, counts, adapt):
     """Latents (B, C, T) -> what the first counts[i] codebooks make of clip i, and codebook 1 alone, (B, C, T) each.
     adapt: let the codebooks `follow`."""
     rest, vectors = latents.mT.flatten(0, 1), []              # (B * T, C)
     for k, layer in enumerate(quantizer.vq.layers):
         index = nearest(rest, layer.codebook)                 # (B * T,)
         vectors.append(layer.codebook[index])
-        if adapt:                                             # codebook 1: the envelope; all: not `count_latents`
+        if adapt:                                             # codebook 1 moves in the envelope only; none in COUNT
             follow(layer._codebook, index, rest, slice(COUNT.start) if k else ENVELOPE)
         rest = rest - vectors[k]
     vectors = [vector.unflatten(0, (len(latents), -1)).mT for vector in vectors]          # (B, C, T)
@@ -287,8 +291,8 @@ def wave_loss(out, wave, fine):
 def words_loss(out, wave, coarse):
     """1 - correlation between band envelopes over 0.4 s, out and wave (B, N), of the clips where coarse (B,) is True.
 
-    This is what STOI measures (Taal et al., 2011), here in the lower 13 of 20 mel bands, to 3.7 kHz (STOI: 4.3): above,
-    where there is little to correlate, the surest way to be like the original is a whistle."""
+    This is the core of STOI (Taal et al., 2011), here in the lower 13 of 20 mel bands, to 3.7 kHz (STOI: third-octave
+    bands, to 4.3): above, where there is little to correlate, the surest way to be like the original is a whistle."""
     bands = (mel_power(frame(w, 512, 256), 20)[..., :13] for w in (wave, out))
     x, y = (b.add(1e-7).sqrt().unfold(1, 36, 3) for b in bands)                       # (B, segments, 13, 36)
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
@@ -320,7 +324,8 @@ def adversarial_losses(discriminator, out, wave):
 
 def balance(gradients, norms):
     """EnCodec's balancer: gradients (B, ...) by name, at one tensor -> their sum, in which each has the share that
-    WEIGHTS gives it, whatever its scale: it is divided by a moving average of its norm, kept in `norms`."""
+    WEIGHTS gives it on average, whatever its scale: it is divided by a moving average of its norm, kept in `norms`.
+    (One that begins at zero, as `unchanged` does, has too large a share in its first hundred steps.)"""
     total = 0.0
     for name, gradient in gradients.items():
         norm = gradient.flatten(1).norm(dim=1).mean()
@@ -338,8 +343,11 @@ def perplexity(codes):
 
 
 @torch.no_grad()
-def measure(model, wave):
-    """Log-mel distance (mean absolute nats) of clips (B, N) by number of codebooks, and each codebook's perplexity."""
+def measure(model, waves):
+    """Log-mel distance (mean absolute nats) by number of codebooks, and each codebook's perplexity, on the first 4 s of
+    12 clips, a list of (N,) int16."""
+    waves = [F.pad(torch.from_numpy(w), (0, 4 * SAMPLE_RATE - len(w))) for w in waves[:12]]           # cut or extended
+    wave = torch.stack(waves).to(next(model.parameters()).device) / 32768                             # (12, N)
     mel = lambda wave: log_mel(wave, window=HANN)             # the usual window: nothing is predicted here
     codes = model.quantizer.vq.encode(model.encoder(wave[:, None]))           # (K, B, T)
     again = {k: model.decoder(model.quantizer.vq.decode(codes[:k]))[:, 0] for k in OFTEN}
@@ -373,11 +381,11 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
         heard[:, ENVELOPE] = spectral + NOISE * coarse * torch.randn_like(spectral)
         heard[:, COUNT] = count_latents(torch.where(counts == 1, 1, 8))[:, :, None]
     if phase > 2:
-        heard, first = quantize(model.quantizer, leaf, counts, adapt=phase == 4)
-    if phase == 4:                                            # only the envelope adapts, the waveform stays as it was
+        heard, first = quantized(model.quantizer, leaf, counts, adapt=phase == 4)
+    if phase == 4:                                            # the envelope adapts, the waveform should stay as it was
         with torch.no_grad():
-            target = frozen(wave[:, None])
-        losses["unchanged"] = (leaf - target)[:, WAVEFORM].square().mean()
+            as_frozen = frozen(wave[:, None])
+        losses["unchanged"] = (leaf - as_frozen)[:, WAVEFORM].square().mean()
         losses["commitment"] = (spectral - first[:, ENVELOPE]).square().mean()                # be near a code
         # straight-through: adds zero, but passes the decoder's gradient at the code on to the encoder's latents
         heard[:, ENVELOPE] += spectral - spectral.detach()
@@ -439,6 +447,8 @@ def main():
             vars(args).update(state["options"])
         except Exception:            # a damaged or foreign file makes torch.load raise almost anything
             sys.exit(f"error: --resume: no {last}, or not one that can be read: start again without --resume")
+    if args.adversarial < 1 and not hasattr(sys.modules["torchaudio"], "transforms"):
+        sys.exit("error: --adversarial needs a torchaudio that loads, and that is one beside a CUDA build of torch")
     try:
         train, held_out = load(args.data)
     except DataError as error:
@@ -459,8 +469,6 @@ def main():
                                   betas=(0.8, 0.99), weight_decay=0.0, fused=True)
     modules = {"model": model, "average": average, "frozen": frozen, "optimizer": optimizer}        # all with a state
     if args.adversarial < 1:
-        if not hasattr(sys.modules["torchaudio"], "transforms"):
-            sys.exit("error: --adversarial needs a torchaudio that loads, and that is one beside a CUDA build of torch")
         sizes = [2048, 1024, 512, 256, 128]
         discriminator = msstftd.MultiScaleSTFTDiscriminator(32, n_ffts=sizes, win_lengths=sizes,
                                                             hop_lengths=[n // 4 for n in sizes])
@@ -487,7 +495,7 @@ def main():
                  | {"at": (step, phase, began, norms), "envelope": vars(envelope), "options": options})
             next_save = time.time() + SAVE_EVERY
         torch.manual_seed(args.seed + step)
-        if step / args.steps >= PHASES[phase - 1][0]:
+        if step / args.steps >= PHASES[phase][0]:
             phase, began = phase + 1, step
             if phase == 3:                                    # go on from the averages, and freeze their encoder
                 model.load_state_dict(average.state_dict())
@@ -503,7 +511,7 @@ def main():
         losses, out = backward(model, frozen, wave, counts, phase, envelope, norms, listener)
         if listener and in_turn:                              # not every step: it learns faster than the codec
             discriminator_loss(discriminator, out, wave).backward()
-        end, *rates = PHASES[phase - 1]                       # every phase warms up and cools down
+        end, *rates = PHASES[phase]                           # every phase warms up and cools down
         done = (step - began) / max(1, end * args.steps - began)
         for group, rate in zip(optimizer.param_groups, rates):                # encoder, decoder
             group["lr"] = rate * min(1, (step - began + 1) / 200) * max(0.02, 1 - done ** 2)
@@ -514,9 +522,8 @@ def main():
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}", *(f" {name} {loss.item():.3f}" for name, loss in losses.items()), flush=True)
         if phase > 2 and (step + 1) % 1000 == 0 or step + 1 == args.steps:
-            for name, waves in zip(args.data, held_out):      # the first 4 s of 12 clips
-                waves = [F.pad(torch.from_numpy(w), (0, 4 * SAMPLE_RATE - len(w))) for w in waves[:12]]
-                print(name, *measure(average, torch.stack(waves).to(args.device) / 32768), flush=True)
+            for name, waves in zip(args.data, held_out):
+                print(name, *measure(average, waves), flush=True)
     export(average, args.out)
     last.unlink(missing_ok=True)                              # nothing is left to continue
 

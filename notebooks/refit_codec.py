@@ -60,7 +60,8 @@ def teach_envelope(encoder, train, envelope):
 
 
 def teach_decoder(model, train):
-    """Train `mini`'s decoder further, for what all eight new codebooks say, as in phase 3 of train_codec.py."""
+    """Train `mini`'s decoder further, with the losses of train_codec.py's phase 3, but for eight new codebooks always
+    (and so without `words_loss`, which is for clips of one or two)."""
     optimizer = torch.optim.AdamW(model.decoder.requires_grad_(True).parameters(), betas=(0.8, 0.99), weight_decay=0.0)
     norms = {}
     for step in range(DECODER_STEPS):
@@ -97,8 +98,7 @@ def main():
     fit_codebooks(model.quantizer, latents, FIRST.get(first, ENVELOPE))
     if decoder:
         teach_decoder(model, train)
-        for folder, clips in zip(args.data, held_out):        # the first 4 s of 12 clips
-            clips = torch.from_numpy(np.stack([np.resize(clip, 4 * SAMPLE_RATE) for clip in clips[:12]])) / 32768
+        for folder, clips in zip(args.data, held_out):
             for name, codec in (("mini", load_codec("mini").model), (args.first, model)):
                 print(folder, name, *measure(codec, clips), flush=True)
     saved = torch.load(MINI, weights_only=True)

@@ -57,7 +57,7 @@ def test_clips_are_quantised_by_as_many_codebooks_as_asked(small):
     train_codec.fit_codebooks(quantizer, torch.randn(20_000, 16), train_codec.ENVELOPE, rounds=1)
     codes = quantizer.vq.encode(latents)                                                # (8, 4, 100)
     expected = [quantizer.vq.decode(codes[:k, i:i + 1])[0] for i, k in enumerate((1, 2, 4, 8))]
-    quantised, first = train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=False)
+    quantised, first = train_codec.quantized(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=False)
     torch.testing.assert_close(quantised, torch.stack(expected), atol=1e-5, rtol=0)
     torch.testing.assert_close(first, quantizer.vq.decode(codes[:1]), atol=1e-5, rtol=0)
 
@@ -87,11 +87,11 @@ def test_codebooks_follow_what_is_assigned_to_them_and_rare_codes_start_anew(sma
     shifted = latents(400, 4)
 
     def error():
-        quantised, _ = train_codec.quantize(quantizer, shifted, torch.tensor([1]), adapt=False)
+        quantised, _ = train_codec.quantized(quantizer, shifted, torch.tensor([1]), adapt=False)
         return (quantised - shifted)[:, :12].square().mean()
     before = error()
     for _ in range(300):
-        train_codec.quantize(quantizer, latents(400, 4), torch.tensor([1]), adapt=True)
+        train_codec.quantized(quantizer, latents(400, 4), torch.tensor([1]), adapt=True)
     assert error() < 0.2 * before
     codes = quantizer.vq.encode(latents(4000, 4))[0]
     assert train_codec.perplexity(codes) > 200
@@ -102,7 +102,7 @@ def test_the_first_codebook_says_nothing_but_the_envelope(small):
     quantizer, latents = small(8, 4).quantizer, torch.randn(4, 16, 500)
     train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), train_codec.ENVELOPE, rounds=4)
     for _ in range(20):
-        train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=True)
+        train_codec.quantized(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=True)
     first, second = (layer._codebook.embed for layer in quantizer.vq.layers[:2])
     assert not first[:, :8].any() and first[:, 8:12].abs().min(1).values.gt(0).all() and second[:, :8].any()
     other = torch.cat([torch.randn(4, 8, 500), latents[:, 8:]], dim=1)                  # another waveform
@@ -113,7 +113,7 @@ def test_the_first_codebook_says_nothing_but_the_envelope(small):
 def test_the_decoder_is_told_how_many_codebooks_it_hears(small):
     quantizer, latents = small(8, 4).quantizer, torch.randn(4, 16, 300)
     train_codec.fit_codebooks(quantizer, latents.mT.flatten(0, 1), train_codec.ENVELOPE, rounds=2)
-    train_codec.quantize(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=True)
+    train_codec.quantized(quantizer, latents, torch.tensor([1, 2, 4, 8]), adapt=True)
     codes = quantizer.vq.encode(latents)
     for k in range(1, 9):
         heard = quantizer.vq.decode(codes[:k])[:, train_codec.COUNT]                       # (4, 4, 300)

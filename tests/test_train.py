@@ -894,6 +894,16 @@ def test_all_processes_stop_for_a_signal_that_any_of_them_has_received(monkeypat
     assert train.signal_received() == 15
 
 
+def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    empty, chosen = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: chosen.append(device) or empty(*shape))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert train.choose_device("cuda") == torch.device("cuda:1") and chosen == ["cuda:1", "cuda:1"]
+    assert train.choose_device("cpu") == torch.device("cpu") and chosen[2:] == ["cpu"]
+
+
 @pytest.mark.parametrize("names, expected", [(["RANK"], (0, 1)), (["WORLD_SIZE"], (0, 1)),
                                              (["RANK", "WORLD_SIZE"], (0, 1)),
                                              (["RANK", "WORLD_SIZE", "LOCAL_RANK"], (2, 2))])

@@ -137,11 +137,11 @@ class Malicious:
 def liven(model):
     """Make a random codec listen, and fill its codebooks with normal vectors as wide as what reaches them.
 
-    Fresh weights shrink a signal layer by layer until only the biases are left. Without biases and with larger weights
+    Fresh weights shrink a signal layer by layer until only the biases are left. With small biases and larger weights
     the latents follow the audio: then neighbouring codes differ, and a change in the audio changes them.
     """
     for name, parameter in model.named_parameters():
-        parameter.mul_(0 if "bias" in name else 3 ** 0.5)
+        parameter.mul_(0.1 if "bias" in name else 3 ** 0.5)
     residual = model.encoder(0.3 * torch.randn(1, 1, 100 * tokens.HOP))[0].T       # (100, C)
     for layer in model.quantizer.vq.layers:
         embed = layer._codebook.embed                                               # (1024, C)

@@ -500,6 +500,18 @@ def test_touching_or_adding_a_file_or_another_codec_makes_another_cache(tmp_path
     assert caches(cache) == sorted(keys)
 
 
+@pytest.mark.parametrize("constant", ["SAMPLE_RATE", "HOP", "N_FFT", "FLOOR", "N_MELS"])
+def test_another_constant_of_the_mel_or_another_folder_makes_another_cache(tmp_path, tiny_codec, monkeypatch, constant):
+    folder, homes = clips(tmp_path / "in", n=2, seconds=0.1), []
+    monkeypatch.setattr(data, "_make", lambda home, *_: homes.append(home))       # nothing is encoded
+    monkeypatch.setattr(data, "Dataset", mock.Mock())
+    prepare(folder, tiny_codec, tmp_path / "cache")
+    prepare(shutil.copytree(folder, tmp_path / "b" / "in"), tiny_codec, tmp_path / "cache")       # the times, too
+    monkeypatch.setattr(data, constant, 2 * getattr(data, constant))
+    prepare(folder, tiny_codec, tmp_path / "cache")
+    assert len({*homes}) == 3
+
+
 def test_other_lengths_splits_or_names_of_clips_are_other_audio(tmp_path):
     one, *others = (numbered(tmp_path / name, lengths, val) for name, lengths, val in (
         ("a", [25, 25], [False, True]), ("b", [26, 24], [False, True]), ("c", [25, 25], [True, False])))
@@ -690,6 +702,7 @@ def test_about_a_tenth_of_many_files_validates():
 
 def test_which_files_validate_never_changes():
     assert [i for i, val in enumerate(split_clips([f"{i}.wav" for i in range(50)])) if val] == [11, 17, 34, 43]
+    assert [i for i, val in enumerate(split_clips([f"{i % 5}/{i // 5}.wav" for i in range(50)])) if val] == [18, 19]
 
 
 def test_adding_files_moves_no_other_file_to_the_other_side():
@@ -810,12 +823,12 @@ def test_a_stretch_is_cut_into_rows_that_follow_one_another(mixed):
 
 
 def test_every_training_frame_is_drawn_equally_often(mixed):
-    drawn = []
-    with mock.patch.object(mixed, "gather", lambda crops, *_: drawn.extend(start for start, *_ in crops)):
-        mixed.batch(0, 0, 5000, 32)
-    share = (np.array(drawn) == mixed.train[:, :1]).mean(axis=1)      # of each clip
-    frames = np.diff(mixed.train)[:, 0]
-    np.testing.assert_allclose(share, frames / frames.sum(), atol=0.02)
+    drawn, frames = [], np.diff(mixed.train)[:, 0]
+    each_once = SimpleNamespace(integers=lambda n, size: np.arange(n)[:size])
+    with mock.patch.object(mixed, "gather", lambda crops, *_: drawn.extend(start for start, *_ in crops)), \
+            mock.patch.object(np.random, "default_rng", lambda _: each_once):
+        mixed.batch(0, 0, frames.sum(), 32)
+    assert [drawn.count(start) for start in mixed.train[:, 0]] == frames.tolist()         # each as often as it is long
 
 
 def test_inputs_are_the_targets_one_frame_behind_and_windows_stay_inside_their_clip(mixed):

@@ -98,6 +98,8 @@ def test_what_is_added_to_the_stream_begins_the_smaller_the_deeper_the_stack():
     for block in [*model.blocks, *model.mel_blocks]:
         for layer in (block.attention.proj, block.proj):
             assert layer.weight.std().item() == pytest.approx(0.02 / 4, rel=0.15)
+        for layer in (block.attention.qkv, block.up, model.head):
+            assert layer.weight.std().item() == pytest.approx(0.02, rel=0.15)
 
 
 @EACH
@@ -279,6 +281,15 @@ def test_a_finer_code_depends_on_its_frame_and_the_coarser_codes_of_it_and_on_no
 
 
 @torch.no_grad()
+def test_finer_codes_are_drawn_from_the_logits_that_all_coarser_codes_of_the_frame_give():
+    model, (codes, mel, _), seen = make(DEEP), inputs(12), []
+    x = model.backbone(codes, mel)[:, 5]                      # (2, n_embd)
+    drawn = model.draw_finer(x, codes[:, 0, 6], lambda logits: seen.append(logits) or torch.randint(1024, (2,)))
+    assert drawn.shape == (2, 4) and torch.equal(drawn[:, 0], codes[:, 0, 6])
+    torch.testing.assert_close(torch.stack(seen, dim=1), model.finer_logits(x, drawn[:, :-1]))
+
+
+@torch.no_grad()
 def test_the_losses_of_finer_codebooks_are_what_their_logits_say():
     model, (codes, mel, targets) = make(DEEP), inputs(12)
     targets[0, :, 7:] = IGNORE
@@ -421,6 +432,9 @@ def test_whitened_bands_are_uncorrelated_and_none_is_louder_than_the_others():
     variances = covariance.diagonal()
     assert (covariance - variances.diag()).abs().max() < 1e-3
     assert variances.mean().item() == pytest.approx(1, abs=1e-3) and variances.max() < 2
+    before = torch.linalg.eigvalsh(torch.cov(mel.T))          # ascending, as the components are
+    expected = before / (before + 0.01 * before.mean())
+    torch.testing.assert_close(variances, expected / expected.mean(), rtol=0.02, atol=1e-4)
 
 
 def test_whitening_does_not_blow_up_what_never_moves():

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import http.server
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -496,6 +497,12 @@ def test_each_doubling_of_minis_codebooks_brings_the_audio_closer(view):
     codes = codec.encode(wave)
     distances = [(view(codec.decode(codes[:, :k])) - view(wave)).abs().mean().item() for k in (1, 2, 4, 8)]
     assert distances == sorted(distances, reverse=True), distances
+
+
+def test_convolutions_of_the_codec_do_not_round_on_a_gpu():
+    torch.backends.cudnn.allow_tf32 = True                    # torch's default; codes would be others than a CPU's
+    runpy.run_path(tokens.__file__)
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_a_folder_of_weights_goes_with_encodec_alone(tmp_path):

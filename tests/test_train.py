@@ -305,6 +305,8 @@ def test_every_other_crop_is_shown_the_mel_that_is_mixed_in(run, tmp_path):
         assert torch.equal(mixed[1 - step % 2::2], decoded[1 - step % 2::2])
     facts = load_checkpoint(tmp_path / "mixed.pt")[1]
     assert step == 3 and facts["mel_codebooks"] == 8 and facts["mix"] == 0
+    decoded, recorded, mixed = (load_checkpoint(tmp_path / f"{name}.pt")[0].mel_mean for name in shown)
+    assert torch.equal(mixed, decoded) and not torch.equal(mixed, recorded)               # whitened as what is first
 
 
 def test_own_details_are_the_mel_of_the_right_coarse_codes_and_of_finer_ones_drawn_from_the_model(run, trained):
@@ -494,6 +496,20 @@ def test_an_evaluation_takes_no_more_rows_at_once_than_a_step(run, tmp_path):
     assert set(sizes) == {2} and most == 65_535 // 32         # as many frames as CUDA's attention takes
 
 
+def test_the_nll_of_a_clip_is_what_it_scores_alone(run, trained, tmp_path):
+    model, checkpoint = load_checkpoint(trained / "out.pt")
+    (tmp_path / "own").mkdir()
+    for side in ("train", "val"):
+        write_clips(tmp_path / "own" / side, [0.3, 1.6, 0.9, 0.5])
+    dataset = data.prepare(tmp_path / "own", load_codec(checkpoint["codec"]), tmp_path / "cache", quiet=True,
+                           mel_codebooks=8)
+    whole, clips = train.evaluate(model, dataset, 3), dataset.val
+    for i in range(4):
+        dataset.val = clips[i:i + 1]
+        assert train.evaluate(model, dataset)["val_nll"] == pytest.approx(whole["clip_nll"][i], abs=2e-4)
+    assert len({*whole["clip_nll"]}) == 4
+
+
 @torch.no_grad()
 def test_accuracy_and_finer_nll_are_the_models(run, trained):
     model, checkpoint = load_checkpoint(trained / "out.pt")
@@ -565,6 +581,8 @@ def test_a_resumed_run_has_all_options_of_its_beginning(run, tmp_path):
     assert run(tmp_path, *options).code == 0 and run(tmp_path, "--resume", small=False).code == 0
     begun, resumed = [entry["args"] for entry in log_of(tmp_path / "out.jsonl") if "args" in entry]
     assert begun == resumed
+    groups = torch.load(tmp_path / "out.last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
 
 
 def test_the_time_of_a_resumed_run_goes_on(run, trained, tmp_path):
@@ -622,6 +640,12 @@ def test_a_log_that_breaks_off_in_mid_line_is_no_obstacle(run, trained, tmp_path
     assert run(tmp_path, "--resume", small=False).code == 0
     figures = [[e["val_nll"] for e in evaluations(folder / "out.jsonl")] for folder in (trained, tmp_path)]
     assert figures[0] == figures[1]
+
+
+def test_a_run_whose_log_is_gone_begins_another(run, trained, tmp_path):
+    shutil.copy(trained / "out.last.pt", tmp_path)
+    assert run(tmp_path, "--resume", small=False).code == 0
+    assert [entry["step"] for entry in evaluations(tmp_path / "out.jsonl")] == [4]            # nothing else is in it
 
 
 def test_a_run_continues_where_the_same_audio_lies_elsewhere(run, tmp_path):
@@ -877,8 +901,8 @@ def test_two_processes_train_in_parts_as_one_does_at_once(command, tmp_path):
     # AdamW does not notice gradients that are too small by a factor; clipping them does, where some norms exceed it
     logs, two = [], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launch, parts in (("one", [], 1), ("two", two, 2)):
-        python, *script = command("--batch-size", 4, "--dropout", 0, "--clip", 2, "--accumulate", parts, "--out",
-                                  f"{name}.pt")
+        python, *script = command("--batch-size", 4, "--dropout", 0, "--clip", 1, "--warmup", 2, "--accumulate", parts,
+                                  "--out", f"{name}.pt")
         done = subprocess.run([python, *launch, *script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("best validation NLL") == 1                      # one of them speaks

@@ -347,7 +347,7 @@ def check_options(args, config):
                  + f" must divide --batch-size {args.batch_size}")
     frames = args.batch_size // (args.accumulate * WORLD) * math.ceil(args.context / DEPTH_EVERY)
     if config.n_codebooks > 1 and frames > MOST_FRAMES:
-        sys.exit(f"error: the finer codes of {frames:,} frames would be learnt at once, at most {MOST_FRAMES:,} can be: "
+        sys.exit(f"error: the finer codes of {frames:,} frames would be learnt at once, at most {MOST_FRAMES:,} can: "
                  "raise --accumulate, or lower --batch-size")
     stretch, positions = args.stretch or args.context, args.batch_size * args.context
     if stretch % args.context or positions % stretch:

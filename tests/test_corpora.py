@@ -161,7 +161,8 @@ def test_no_speaker_of_librispeech_mini_is_on_both_sides(published):
         sides.setdefault(name.split("/")[2], set()).add(val)
     assert len(sides) == 12 and all(len(side) == 1 for side in sides.values()) and {True} in sides.values()
     assert all(name.endswith(".flac") and (folder / name).is_file() for name in names)
-    chapters = [f"LibriSpeech/dev-clean/{speaker}/{chapter}/a.flac" for speaker in range(84, 124) for chapter in range(3)]
+    chapters = [f"LibriSpeech/dev-clean/{speaker}/{chapter}/a.flac"
+                for speaker in range(84, 124) for chapter in range(3)]
     val = split_clips(chapters, "librispeech-mini")
     assert val[::3] == val[1::3] == val[2::3] and 0 < sum(val) < len(val)          # all three chapters of a speaker
 

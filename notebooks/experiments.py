@@ -21,7 +21,7 @@ window    `coarse` with Hann windows of 1024 samples instead of ours: one that e
           leak. These three also with the codes of `late` (see codec). And one of 600 samples (25 ms, as long as
           Whisper's) that ends with the frame
 leak      Hann windows that look further ahead, the same cut off, and a longer and a shorter window of our kind;
-          exploratory, with one seed, as are fuse, size, steps, noise, dropout and context
+          exploratory, with one seed, as are fuse, size, steps, noise and context
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel, all eight codes as
           embeddings, or the codec's own vectors: of the recording before quantisation, of one code, of all eight; both
           the mel of eight codebooks and all eight codes as embeddings
@@ -33,7 +33,7 @@ steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
 noise     `nano` and `coarse` with noise on the mel in training, as the sound they will generate is never quite right
 mix       `coarse-heard` and `nano` given the recording's mel in half of the crops, so that they know both
 twice     `coarse`, `coarse-heard` and `coarse-gpt` trained twice as long, three seeds
-dropout   `coarse-heard` and `coarse-gpt` as in twice, with twice the dropout: is it overfitting that shrinks the gain?
+dropout   two of them with twice the dropout, three seeds: is it overfitting that shrinks the gain?
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
 robust    as `nano` in shipped, but with twice the noise; given the recording's mel in half of the crops; given that of
@@ -153,8 +153,8 @@ EXPERIMENTS = {
               **{f"{name}-late-steps1200": ["--model", name, *SCALE, "--codec", REFITTED["late"]]
                  for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "twice", "longer", "shipped", "codes8", "own", "double", "short",
-                 "codec", "decoder", "paper", "scale")
+SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "twice", "dropout", "longer", "shipped", "codes8", "own", "double",
+                 "short", "codec", "decoder", "paper", "scale")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]

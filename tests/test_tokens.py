@@ -47,9 +47,11 @@ def package_24khz():
     return EncodecModel.encodec_model_24khz(pretrained=False)
 
 
-@pytest.fixture(scope="module", params=["mini", "encodec"])
+@pytest.fixture(scope="module", params=["mini", "encodec", "mini that ships"])
 def pair(request):
-    """(codec, the package's own model with the same weights), for both shapes."""
+    """(codec, the package's own model with the same weights): both shapes with random ones, and what ships."""
+    if request.param == "mini that ships":
+        return load_codec("mini"), load_codec("mini").model
     torch.manual_seed(1)
     build = functools.partial(build_mini, 16, 128, 2) if request.param == "mini" else package_24khz
     package, twin = liven(build()), build()      # twin: Codec changes the model that it is given
@@ -102,10 +104,10 @@ def test_whole_clip_equals_the_package_in_one_pass(pair):
     assert (codec.decode(codes) - again).abs().max() < 1e-3 * again.std()          # random weights are quiet
 
 
-def test_codes_of_the_random_codecs_vary(pair):
+def test_codes_vary(pair):
     codec, _ = pair
-    codes = codec.encode(random_wave(75 * HOP))
-    assert all(codes[:, k].unique().numel() > 15 for k in range(codec.n_codebooks))
+    codes = codec.encode(random_wave(75 * HOP))               # noise is the same few coarse codes to what ships
+    assert all(codes[:, k].unique().numel() > (15 if codec.checksum == "random" else 5) for k in range(codec.n_codebooks))
 
 
 def test_a_batch_is_its_clips_one_by_one(pair):

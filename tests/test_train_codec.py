@@ -188,9 +188,10 @@ def test_training_with_a_discriminator_writes_a_codec_and_resumes(tmp_path, monk
         path = tmp_path / "audio" / ("val" if i < 2 else "train") / f"{i}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, wave.numpy(), 24_000)
-    steps, backward = [], train_codec.backward
+    steps, backward, models = [], train_codec.backward, []
 
     def recorded(*args):
+        models.append(args[0])
         if len(steps) == 7 and out.name == "other.pt":
             raise KeyboardInterrupt
         steps.append(backward(*args))
@@ -205,6 +206,9 @@ def test_training_with_a_discriminator_writes_a_codec_and_resumes(tmp_path, monk
     train(*options)
     assert len(steps) == 10
     assert {name for losses, _ in steps for name in losses} == set(train_codec.WEIGHTS) - {"decoder"}
+    name = "decoder.model.0.conv.conv.weight"                 # what is written is an average of the last steps' weights
+    written, now = torch.load(out, weights_only=True)["weights"][name], models[-1].state_dict()[name]
+    assert 0 < (written - now).abs().max() < 0.1 * now.abs().max() and not torch.equal(written, now.half())
     # interrupted in the middle of phase 4, and resumed, with the options that it had
     steps, out = [], tmp_path / "other.pt"
     monkeypatch.setattr(train_codec, "SAVE_EVERY", 0)

@@ -236,7 +236,7 @@ class HybridGPT(nn.Module):
             # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions
             # (the two small transformers use the backbone's number, too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
-            if p.dim() > 1:                                   # not a norm's gain, should there be one some day
+            if p.dim() > 1:                                   # a fork's biases and gains keep their own values
                 nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1 whatever the branches, so that twins differ only in what they read.
         # finer_embedding and depth_embedding stay small: they are thousands of rarely used random vectors, which at
@@ -335,8 +335,9 @@ class HybridGPT(nn.Module):
     def finer_logits(self, x, codes, cache=None):
         """Within one frame: x (n, n_embd) of the backbone, its codes so far (n, k), coarse first -> (n, k, 1024).
 
-        Row j, from 0, predicts code j + 2 from codes 1 to j + 1 (depth_embedding[j], depth_head[j]). With a `KVCache`
-        of this frame codes is (n, 1), the latest code alone, and the earlier ones are remembered.
+        Row 0 predicts the second code from the first, row 1 the third from the first two, and so on, each with a table
+        of depth_embedding and one of depth_head of its own. With a `KVCache` of this frame codes is (n, 1), the latest
+        code alone, and the earlier ones are remembered.
         """
         first, k = 0 if cache is None else cache.position, codes.shape[1]
         # rows of all tables, one below the other. depth_embedding[arange(k), codes] would be the same, but its gradient

@@ -85,9 +85,7 @@ def read_audio(path):
                 yield resampler.resample_chunk(wave)
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
     except (soundfile.SoundFileError, ValueError, TypeError, OSError) as error:           # TypeError: a .raw file
-        reason = str(error).removeprefix(f"Error opening {str(path)!r}: ").strip()
-        if not os.path.exists(path):
-            reason = "no such file, or no permission"
+        reason = getattr(error, "error_string", error) if os.path.exists(path) else "no such file, or no permission"
         raise DataError(f"{path}: cannot be read as audio ({reason})") from error
     if n_samples == 0:
         raise DataError(f"{path}: holds no samples")

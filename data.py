@@ -195,24 +195,21 @@ def _files(top):
 def split_clips(names, dataset=None):
     """Which clips are for validation: a bool per name (relative path).
 
-    Top-level folders train/ and val/ decide, if both are there. DataError if anything stands beside them, or if a
-    folder with another usual name of one side, test/ for example, stands beside something else. Otherwise about a tenth
-    validates, the clips whose path's hash is low, so that adding a file moves no other (in a small folder at least the
-    lowest and never the highest, until a lower or a higher one comes). A dataset of corpora.py has a split, or groups
-    (a speaker's clips) that stay whole.
+    Top-level folders train/ and val/ decide, if they are all there is. DataError if one of them, or of another usual
+    name of a side, such as test/, stands beside anything else. Otherwise about a tenth validates, the clips whose
+    path's hash is low, so that adding a file moves no other (in a small folder at least the lowest and never the
+    highest, until a lower or a higher one comes). A dataset of corpora.py has a split, or groups (a speaker's clips)
+    that stay whole.
     """
     corpus = CORPORA.get(dataset)
     if corpus and corpus.val:
         return [name.startswith(f"{corpus.val}/") for name in names]
-    tops = {name.split("/")[0] for name in names}
-    if {"train", "val"} <= tops:
-        if others := tops - {"train", "val"}:
-            raise DataError(f"beside train/ and val/ the dataset holds {sorted(others)[0]}: move it out, or into one")
+    tops = sorted({name.split("/")[0] for name in names}, key=lambda top: (top.lower() not in SIDES, top))
+    if len(tops) > 1 and tops[0].lower() in SIDES:            # sides of a split come first
+        if tops != ["train", "val"]:
+            raise DataError(f"the dataset holds {', '.join(tops[:3])}: call the two sides of a split train/ and val/, "
+                            "and move all else out")
         return [name.startswith("val/") for name in names]
-    one, *others = sorted(tops, key=lambda top: (top.lower() not in SIDES, top))          # sides of a split first
-    if others and one.lower() in SIDES:
-        raise DataError(f"the dataset holds {one}/ beside {others[0]}: call the two sides of a split train/ and val/, "
-                        "and move others out")
     groups = ["/".join(name.split("/")[:corpus.group]) for name in names] if corpus else names
     hashes = [int(hashlib.sha256(os.fsencode(group)).hexdigest()[:8], 16) / 2**32 for group in groups]
     threshold = min(max(0.1, min(hashes) + 1e-12), max(hashes))       # the lowest validates, the highest never does

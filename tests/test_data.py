@@ -723,7 +723,7 @@ def test_a_third_folder_beside_train_and_val_is_refused():
 def test_an_unclear_split_is_found_before_encoding(tmp_path, tiny_codec):
     for side in ("train", "val", "test"):
         clips(tmp_path / "in" / side, n=2)
-    with pytest.raises(DataError, match="beside train/ and val/ the dataset holds test"):
+    with pytest.raises(DataError, match="the dataset holds test, train, val: call"):
         prepare(tmp_path / "in", tiny_codec, tmp_path / "cache", quiet=True)
     assert not (tmp_path / "cache").exists()
 

@@ -166,12 +166,10 @@ def find_audio(dataset, cache=CACHE):
                         "audio files")
     if Path(cache).resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{folder} contains this program's cache ({cache}): choose a folder of audio only")
-    try:
+    with disk_errors(cache):                                  # a folder may be listed but not entered
         names = sorted(path.relative_to(folder).as_posix() for top in tops for path in _files(top)
                        if path.suffix.lower() in SUFFIXES and path.is_file()
                        and not path.name.startswith("._"))            # macOS's notes on a file of that name
-    except PermissionError as error:                          # in a folder that may be listed but not entered
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     both = dataset not in CORPORA and all(os.path.isdir(folder / side) for side in ("train", "val"))
     for side in ("train/", "val/") if both else ("",):
         if not any(name.startswith(side) for name in names):

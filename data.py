@@ -249,8 +249,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     if dataset not in (*BUNDLED, *CORPORA):
         dataset = str(folder.resolve())                       # so that it is found again from anywhere
-    short = os.fsencode(f"{Path(dataset).name}-{codec.name}")[:200].decode(errors="ignore")      # a name: 255 bytes
-    home = Path(cache) / f"{short}-{key}"
+    home = Path(cache) / (f"{Path(dataset).name}-{codec.name}"[:50] + f"-{key}")      # a name has 255 bytes at most
     ready = os.path.isfile(home / "meta.json")                # False, too, if the cache may not be entered
     if not ready:
         with disk_errors(cache), locked(Path(cache)):
@@ -269,8 +268,6 @@ def _make(home, dataset, folder, files, codec, made_with, quiet):
     unfinished = home.with_name(f".{home.name}")
     clips = unfinished / "clips"                              # file I becomes clips/I.clip
     clips.mkdir(parents=True, exist_ok=True)
-    for part in clips.glob("*.part"):
-        part.unlink(missing_ok=True)
     todo = [i for i in range(len(files)) if not (clips / f"{i}.clip").exists()]
     batches, n_workers = _divide(todo, folder, files, codec.device)
     # A DataLoader as a pool of processes: its items are lists of files, its collate_fn encodes one. Unlike those of

@@ -250,10 +250,10 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
     if dataset not in (*BUNDLED, *CORPORA):
         dataset = str(folder.resolve())                       # so that it is found again from anywhere
     home = Path(cache) / (f"{Path(dataset).name}-{codec.name}"[:50] + f"-{key}")      # a name has 255 bytes at most
-    ready = os.path.isfile(home / "meta.json")                # False, too, if the cache may not be entered
+    ready = os.path.isdir(home)                               # False, too, if the cache may not be entered
     if not ready:
         with disk_errors(cache), locked(Path(cache)):
-            if not (home / "meta.json").is_file():            # another process may have made it while this one waited
+            if not home.is_dir():                             # another process may have made it while this one waited
                 _make(home, dataset, folder, files, codec, made_with, quiet)
     shutil.rmtree(home / "clips", ignore_errors=True)         # joined; an earlier call may have been killed just here
     data = Dataset(home)
@@ -295,7 +295,6 @@ def _make(home, dataset, folder, files, codec, made_with, quiet):
     for path in unfinished.glob("*.*"):
         with open(path, "r+b") as file:
             os.fsync(file.fileno())
-    shutil.rmtree(home, ignore_errors=True)
     os.replace(unfinished, home)
 
 

@@ -678,14 +678,6 @@ def test_a_full_disk_is_one_clear_line_and_loses_no_finished_file(tmp_path, tiny
     assert len(prepare(folder, tiny_codec, cache, quiet=True).meta["clips"]) == 4
 
 
-def test_a_cache_without_its_meta_file_counts_as_unfinished(tmp_path, tiny_codec):
-    folder, cache = clips(tmp_path / "in"), tmp_path / "cache"
-    home = cache / prepare(folder, tiny_codec, cache, quiet=True).key
-    (home / "meta.json").unlink()
-    (home / "codes.npy").write_bytes(b"half a file")
-    assert len(prepare(folder, tiny_codec, cache, quiet=True).codes) > 300
-
-
 def test_nothing_is_written_into_the_users_folder(tmp_path, tiny_codec):
     folder = clips(tmp_path / "in")
     before = [(p.name, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())], folder.stat().st_mtime_ns

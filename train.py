@@ -415,13 +415,9 @@ def say(text):
     """Print; if the terminal is gone, or a pipe's reader, as in `train.py | head`, stop as for SIGHUP."""
     try:
         print(text, flush=True)
-    except OSError as error:
-        if error.errno not in (errno.EIO, errno.EPIPE):
-            raise
-        sys.stdout = sys.stderr if error.errno == errno.EPIPE else open(os.devnull, "w", errors="backslashreplace")
+    except OSError:
+        sys.stdout = sys.stderr                               # which may be gone, too
         stop_soon(signal.SIGHUP)
-        with contextlib.suppress(OSError):                    # standard error may be gone, too
-            print(text, flush=True)
 
 
 def move(x, device):

@@ -390,17 +390,9 @@ stopped_by = []                      # signals received: the run ends after the 
 
 
 def stop_soon(number, _=None):
-    """The signal handler while the loop runs."""
+    """The signal handler while the loop runs: the run ends after the current step."""
     stopped_by.append(number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C: at once
-
-
-def catch_signals():
-    """From now on a signal ends the run after the current step."""
-    signal.signal(signal.SIGINT, stop_soon)
-    signal.signal(signal.SIGTERM, stop_soon)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup ignores it
-        signal.signal(signal.SIGHUP, stop_soon)
 
 
 def signal_received():
@@ -506,7 +498,10 @@ def main():
                "val_frames": data.meta["val_frames"]})
 
     # --- the loop
-    catch_signals()
+    signal.signal(signal.SIGINT, stop_soon)
+    signal.signal(signal.SIGTERM, stop_soon)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup ignores it
+        signal.signal(signal.SIGHUP, stop_soon)
     start, tokens_logged, time_logged = time.perf_counter() - seconds, tokens_seen, time.perf_counter()
     lr, grad_norm = 0.0, torch.zeros(())                      # before the first step, for the check for divergence
     while True:

@@ -30,7 +30,6 @@ import copy
 import functools
 import hashlib
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,7 @@ WAVEFORM, ENVELOPE, COUNT = slice(0, 112), slice(112, 128), slice(128, 132)
 COUNTED = (0, 1, 2, 4)                                        # the codebooks, from 0, that those of COUNT announce
 WHITEN = 0.6                                                  # how much of the previous frame `Envelope` subtracts
 NOISE = 0.09                                                  # standard deviation, about what one codebook leaves over
-SAVE_EVERY = 120                                              # seconds
+SAVE_EVERY = 250                                              # steps; about two minutes on a CPU
 
 
 # ----------------------------------------------------------------------------- data
@@ -424,7 +423,7 @@ def parse_arguments():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--out", default="out-codec.pt")
-    add("--resume", action="store_true", help="go on from OUT.last, written every two minutes, with its options")
+    add("--resume", action="store_true", help="go on from OUT.last, written every few minutes, with its options")
     args = parser.parse_args()
     # with fewer steps phases would be left out; 29 frames are one segment of `words_loss`
     if args.steps < 4 or args.batch_size < 1 or args.frames < 29:
@@ -487,13 +486,11 @@ def main():
     # the data set is the steps' numbers; collate_fn makes a batch of each
     batches = torch.utils.data.DataLoader(range(step, args.steps), collate_fn=functools.partial(inputs, train, args),
                                           batch_size=None, pin_memory=on_gpu, num_workers=8 * on_gpu)
-    next_save = time.time() + SAVE_EVERY
     for step, (wave, counts, in_turn) in enumerate(batches, start=step):
-        if time.time() > next_save:
+        if step % SAVE_EVERY == 0:
             options = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
             save(last, {name: module.state_dict() for name, module in modules.items()}
                  | {"at": (step, phase, began, norms), "envelope": vars(envelope), "options": options})
-            next_save = time.time() + SAVE_EVERY
         torch.manual_seed(args.seed + step)
         if step / args.steps >= PHASES[phase][0]:
             phase, began = phase + 1, step

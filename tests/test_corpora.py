@@ -176,8 +176,9 @@ def test_tracks_of_fma_that_were_uploaded_together_stay_together(published):
     assert len(find_audio("fma")[1]) == 8
 
 
-def test_what_is_there_is_not_fetched_again(published, server):
+def test_what_is_there_is_not_fetched_again(published, server, capfd):
     find_audio("librispeech-mini")
+    assert "downloading dev-clean.tar.gz: 100%" in capfd.readouterr().err
     find_audio("librispeech")                                 # needs dev-clean, too
     find_audio("librispeech")
     assert len(server.ranges) == 2

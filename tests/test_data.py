@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -568,6 +569,23 @@ def test_an_interrupted_preparation_goes_on_with_the_files_it_lacks(tmp_path, ti
     assert len(list((cache / dataset.key).iterdir())) == 5
     at_once = prepare(folder, tiny_codec, tmp_path / "other cache", quiet=True)
     assert np.array_equal(dataset.codes, at_once.codes) and np.array_equal(dataset.mel, at_once.mel)
+
+
+def test_files_of_similar_length_are_encoded_side_by_side(tmp_path, monkeypatch):
+    names = [f"{i:02d}.wav" for i in range(40)]
+    lengths = {name: 800 * (1 + 7 * i % 40) for i, name in enumerate(names)}       # a permutation
+    for name, n in lengths.items():
+        soundfile.write(tmp_path / name, np.zeros(n), SAMPLE_RATE)
+    files = [SimpleNamespace(name=name) for name in names]
+    for device in ("cpu", "cuda"):
+        batches, _ = data._divide(range(40), tmp_path, files, torch.device(device))
+        assert sorted(i for batch in batches for i in batch) == list(range(40)) and max(map(len, batches)) > 1
+        assert sum(max(lengths[names[i]] for i in batch) * len(batch) for batch in batches) < 1.4 * sum(lengths.values())
+
+
+def test_preparing_shows_how_far_it_is(tmp_path, tiny_codec, capfd):
+    prepare(str(clips(tmp_path / "talks")), tiny_codec, cache=tmp_path / "cache")
+    assert re.search(rf"preparing talks with {tiny_codec.name}: 100%", capfd.readouterr().err)
 
 
 def test_several_processes_encode_what_one_does(tmp_path, tiny_codec, monkeypatch):

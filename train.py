@@ -187,7 +187,7 @@ def parse_arguments():
         "400)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
-    add("--clip", type=float, default=1.0, help="clip the gradient to this norm (default: %(default)s)")
+    add("--grad-clip", type=float, default=1.0, help="clip the gradient to this norm (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the weights, the batches and dropout (default: %(default)s)")
     add("--eval-every", type=int, default=100, help="steps between evaluations (default: %(default)s)")
     add = parser.add_argument_group("where to run").add_argument
@@ -216,8 +216,8 @@ def parse_arguments():
             parser.error(f"--set {word}: must be FIELD=VALUE, a field of model.py's Config and a value of its type "
                          "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
     args.set = fields
-    if not ((args.lr is None or 0 < args.lr < math.inf) and args.clip > 0 and 0 <= args.dropout < 1):
-        parser.error("--lr and --clip must be above 0, --dropout at least 0 and below 1")
+    if not ((args.lr is None or 0 < args.lr < math.inf) and args.grad_clip > 0 and 0 <= args.dropout < 1):
+        parser.error("--lr and --grad-clip must be above 0, --dropout at least 0 and below 1")
     if args.eval is None and (not args.out.endswith(".pt") or os.path.isdir(args.out)):
         parser.error(f"--out {args.out}: it must be a .pt file")
     if args.resume and args.overwrite:
@@ -563,7 +563,7 @@ def main():
             loss = total_loss(losses, count_targets(part[2], depth_frames) / n_targets.clamp(min=1))
             (loss * WORLD).backward()                         # shares are of the whole batch, but DDP averages
             loss_sum += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         step += 1

@@ -426,7 +426,7 @@ def test_embeddings_do_not_decay_and_rates_betas_and_dropout_are_as_meant(traine
 
 def test_gradients_are_clipped(run, tmp_path):
     """AdamW does not mind how large gradients are, unless they vanish beside its epsilon."""
-    assert run(tmp_path, "--clip", 1e-12, "--weight-decay", 0).code == 0
+    assert run(tmp_path, "--grad-clip", 1e-12, "--weight-decay", 0).code == 0
     first, *_, last = evaluations(tmp_path / "out.jsonl")
     assert last["val_nll"] == pytest.approx(first["val_nll"], abs=1e-3)
 
@@ -576,7 +576,7 @@ def test_a_run_may_be_resumed_with_its_own_options_its_defaults_too(run, tmp_pat
 
 
 def test_a_resumed_run_has_all_options_of_its_beginning(run, tmp_path):
-    options = ["--warmup", 3, "--clip", 0.5, "--weight-decay", 0.2, "--lr", 0.01, "--accumulate", 2, "--seed", 7,
+    options = ["--warmup", 3, "--grad-clip", 0.5, "--weight-decay", 0.2, "--lr", 0.01, "--accumulate", 2, "--seed", 7,
                "--dropout", 0.2, "--stretch", 64]
     assert run(tmp_path, *options).code == 0 and run(tmp_path, "--resume", small=False).code == 0
     begun, resumed = [entry["args"] for entry in log_of(tmp_path / "out.jsonl") if "args" in entry]
@@ -901,8 +901,8 @@ def test_two_processes_train_in_parts_as_one_does_at_once(command, tmp_path):
     # AdamW does not notice gradients that are too small by a factor; clipping them does, where some norms exceed it
     logs, two = [], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launch, parts in (("one", [], 1), ("two", two, 2)):
-        python, *script = command("--batch-size", 4, "--dropout", 0, "--clip", 1, "--warmup", 2, "--accumulate", parts,
-                                  "--out", f"{name}.pt")
+        python, *script = command("--batch-size", 4, "--dropout", 0, "--grad-clip", 1, "--warmup", 2,
+                                  "--accumulate", parts, "--out", f"{name}.pt")
         done = subprocess.run([python, *launch, *script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("best validation NLL") == 1                      # one of them speaks
@@ -1096,7 +1096,7 @@ def test_a_command_that_failed_can_be_corrected_and_run_again(run, tmp_path):
     (["--lr", -1], ["--lr"]),
     (["--seed", -1], ["--seed"]),
     (["--weight-decay", -1], ["--weight-decay"]),
-    (["--clip", 0], ["--clip"]),
+    (["--grad-clip", 0], ["--grad-clip"]),
 ])
 def test_a_bad_option_is_one_clear_line(run, tmp_path, options, words):
     assert_refused(run(tmp_path, *options), *words)

@@ -319,8 +319,9 @@ def table(datasets):
                                 ("2", "2 codebooks"), ("1", "1 codebook")):
                 if found := gain(runs.get(model, []), runs.get(other, []), shown):
                     by_seed, mean, low, high = found
-                    seeds = " ".join(f"{g:+.3f}" for g in by_seed)
-                    gains.append(f"| {dataset} | `{model}` | `{other}` | {name} | {seeds} | {mean:+.3f} | "
+                    seeds, rates = " ".join(f"{g:+.3f}" for g in by_seed), [runs[m][0]["lr"] for m in (model, other)]
+                    unequal = f" (lr {rates[0]} against {rates[1]})" if rates[0] != rates[1] else ""
+                    gains.append(f"| {dataset} | `{model}` | `{other}`{unequal} | {name} | {seeds} | {mean:+.3f} | "
                                  f"{low:+.3f} to {high:+.3f} |")
     return "\n".join([*models, "", *gains, "", *(f"Codec {c} ({checksum}), {where}, {dtype}, torch {version}."
                                                 for c, checksum, where, dtype, version in sorted(made))])

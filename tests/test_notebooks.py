@@ -39,8 +39,8 @@ def execute(path, folder):
         for clip in sorted((NOTEBOOKS.parent / "assets" / "speech" / split).glob("*.ogg"))[:n]:
             (folder / "clips" / split / clip.name).symlink_to(clip)
     return subprocess.run([sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", path,
-                           "--output-dir", folder], cwd=NOTEBOOKS, capture_output=True, text=True,
-                          env={**os.environ, "QUICK": str(folder)})
+                           "--ExecutePreprocessor.timeout=300", "--output-dir", folder],       # seconds a cell
+                          cwd=NOTEBOOKS, capture_output=True, text=True, env={**os.environ, "QUICK": str(folder)})
 
 
 @pytest.fixture(scope="module", autouse=True)

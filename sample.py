@@ -79,8 +79,8 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
     model: a `HybridGPT` of K codebooks in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
     prompt: codes (1, K or more, P) or None; temperature: of the coarse code; finer_temperature: of the finer codes
         (None: the same); how: top_k, top_p and generator, for every `draw`
-    The prompt and its continuation run through one codec state, so there is no seam between them. Yields inference
-    tensors: clone them before training on them.
+    The prompt and its continuation run through one codec state, so there is no seam between them; the prompt, too, goes
+    frame by frame, so that there is one loop. Yields inference tensors: clone them before training on them.
     """
     device = next(model.parameters()).device
     finer_temperature = temperature if finer_temperature is None else finer_temperature

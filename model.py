@@ -89,7 +89,7 @@ class Config:
                              f"{self.n_mel_embd} and n_depth_embd {self.n_depth_embd} multiples of that size")
 
 
-PRESETS = {                          # to those whose name begins with nano train.py gives a higher learning rate
+PRESETS = {                          # train.py's default learning rate is higher for those narrower than 256
     # the paper's three, and gpt-m: a token-only model of the hybrid's size
     "gpt-s":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1024, use_mel=False),
     "gpt-m":    Config(n_layer=4, n_head=4, n_embd=256, n_inner=1144, use_mel=False),        # hybrid's size, + 0.2 %

@@ -182,8 +182,8 @@ def parse_arguments():
     add("--stretch", type=int, metavar="N", help="cut the crops from pieces of N positions, thus from fewer places, "
         "to measure what many places are worth; clips shorter than N leave rows empty (default: one crop)")
     add("--accumulate", type=int, default=1, help="parts to split a batch into, to save memory (default: %(default)s)")
-    add("--lr", type=float, help="highest learning rate, after the warm-up (default: 1.2e-2 for the nano models, 1e-3 "
-        "for larger ones; best: for nano 1.2e-2 in 300 steps, 6e-3 in 600 or 2,400, for larger ones 3e-3 to 6e-3 in "
+    add("--lr", type=float, help="highest learning rate, after the warm-up (default: 1e-3, for presets narrower "
+        "than 256 1.2e-2; best: for nano 1.2e-2 in 300 steps, 6e-3 in 600 or 2,400, for larger ones 3e-3 to 6e-3 in "
         "400)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
@@ -282,7 +282,7 @@ def fill_defaults(args):
     """Fill in the defaults that depend on other options."""
     if args.codec is None:
         args.codec = "encodec" if args.dataset in CORPORA else "mini"
-    args.lr = args.lr or (1.2e-2 if args.model.startswith("nano") else 1e-3)
+    args.lr = args.lr or (1.2e-2 if PRESETS[args.model].n_embd < 256 else 1e-3)
     args.n_codebooks = args.n_codebooks or PRESETS[args.model].n_codebooks
     args.context = args.context or PRESETS[args.model].context
     if args.mel_codebooks is None:

@@ -183,8 +183,8 @@ def parse_arguments():
         "to measure what many places are worth; clips shorter than N leave rows empty (default: one crop)")
     add("--accumulate", type=int, default=1, help="parts to split a batch into, to save memory (default: %(default)s)")
     add("--lr", type=float, help="highest learning rate, after the warm-up (default: 1e-3, for presets narrower "
-        "than 256 1.2e-2; best: for nano 1.2e-2 in 300 steps, 6e-3 in 600 or 2,400, for larger ones 3e-3 to 6e-3 in "
-        "400)")
+        "than 256 1.2e-2; best: for nano 1.2e-2 in 300 steps, 6e-3 in 2,400 and, with one codebook, in 600; for "
+        "larger ones 3e-3 to 6e-3 in 400)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
     add("--grad-clip", type=float, default=1.0, help="clip the gradient to this norm (default: %(default)s)")

@@ -24,6 +24,7 @@ import errno
 import math
 import os
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ import numpy as np
 import soundfile
 import torch
 
+from corpora import DISK_FULL
 from data import DataError, read_audio
 from mel import FRAME_RATE, HOP, SAMPLE_RATE, StreamingLogMel
 from model import START, CheckpointError, KVCache, load_checkpoint
@@ -101,6 +103,16 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
         yield codes, wave
 
 
+def can_be_written(path):
+    """Is its folder there, and writable, and is it no folder itself?"""
+    try:
+        return os.access(path.parent, os.W_OK) and not stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:                                 # not there yet
+        return True
+    except OSError:                                           # in a folder that may not be entered, or too long a name
+        return False
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(allow_abbrev=False, usage="python sample.py [options]",
                                      description="Generate audio from a checkpoint of train.py.")
@@ -139,7 +151,7 @@ def main():
     args = parse_arguments()
     out, live = Path(args.out), args.out == "-"
     names = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(args.num)] if args.num > 1 else [out]
-    if not live and (not os.access(out.parent, os.W_OK | os.X_OK) or any(map(os.path.isdir, names))):
+    if not live and not all(map(can_be_written, names)):
         sys.exit(f"error: cannot write {out}: --out takes the name of a file in an existing, writable folder")
     model, codec, checkpoint = load(args.ckpt, choose_device(args.device), args.codec, args.codec_dir)
     trained_on, hears = checkpoint["mel_codebooks"], model.config.n_codebooks         # the mel of that many codebooks
@@ -205,7 +217,9 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
+        if error.errno not in (errno.EPIPE, *DISK_FULL):
+            raise
         # at exit Python flushes stdout once more: into nothing, or that would fail, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         # EPIPE: whoever read --out - has closed the pipe
-        sys.exit(0 if error.errno == errno.EPIPE else f"error: {error}")
+        sys.exit(0 if error.errno == errno.EPIPE else "error: no space left where --out goes")

@@ -408,8 +408,10 @@ def say(text):
     try:
         print(text, flush=True)
     except OSError:
-        sys.stdout = sys.stderr                               # which may be gone, too
+        sys.stdout = sys.stderr
         stop_soon(signal.SIGHUP)
+        with contextlib.suppress(OSError):                    # standard error may be gone, too
+            print(text, flush=True)
 
 
 def move(x, device):

@@ -33,7 +33,7 @@ steps     `coarse`, `coarse-heard` and `coarse-gpt` trained four times as long
 noise     `nano` and `coarse` with noise on the mel in training, as the sound they will generate is never quite right
 mix       `coarse-heard` and `nano` given the recording's mel in half of the crops, so that they know both
 twice     `coarse`, `coarse-heard` and `coarse-gpt` trained twice as long, three seeds
-dropout   two of them with twice the dropout, three seeds: is it overfitting that shrinks the gain?
+dropout   `coarse-heard` and `coarse-gpt` of twice, with twice the dropout: is it overfitting that shrinks the gain?
 longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
 robust    as `nano` in shipped, but with twice the noise; given the recording's mel in half of the crops; given that of
@@ -319,8 +319,9 @@ def table(datasets):
                                 ("2", "2 codebooks"), ("1", "1 codebook")):
                 if found := gain(runs.get(model, []), runs.get(other, []), shown):
                     by_seed, mean, low, high = found
-                    seeds, rates = " ".join(f"{g:+.3f}" for g in by_seed), [runs[m][0]["lr"] for m in (model, other)]
-                    unequal = f" (lr {rates[0]} against {rates[1]})" if rates[0] != rates[1] else ""
+                    seeds = " ".join(f"{g:+.3f}" for g in by_seed)
+                    rate, twins = runs[model][0]["lr"], runs[other][0]["lr"]
+                    unequal = f" (lr {rate} against {twins})" if rate != twins else ""
                     gains.append(f"| {dataset} | `{model}` | `{other}`{unequal} | {name} | {seeds} | {mean:+.3f} | "
                                  f"{low:+.3f} to {high:+.3f} |")
     return "\n".join([*models, "", *gains, "", *(f"Codec {c} ({checksum}), {where}, {dtype}, torch {version}."

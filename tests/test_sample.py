@@ -255,7 +255,7 @@ def test_a_full_disk_behind_standard_output_is_one_clear_line(ckpt, tmp_path):
     command = [sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "0.4", "--device", "cpu", "--out", "-"]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1 and done.stderr.strip().splitlines() == ["error: [Errno 28] No space left on device"]
+    assert done.returncode == 1 and done.stderr.strip().splitlines() == ["error: no space left where --out goes"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -351,6 +351,8 @@ def test_what_is_too_loud_is_cut_off_in_the_file_and_heard_by_the_model_as_it_is
     (["--codec", "~nobody-of-that-name/a.pt"], ["no codec '~nobody-of-that-name/a.pt'"]),
     (["--codec", 300 * "a"], ["no codec 'aaa"]),
     (["--out", "", "--num", 2], [".wav"]),
+    (["--out", "/", "--num", 2], [".wav"]),
+    (["--out", 300 * "a" + ".wav"], ["cannot write aaa"]),
     (["--out", "nowhere/a.wav"], ["nowhere"]),
     (["--out", "sample.mp3"], ["sample.mp3", ".wav"]),
     (["--temperature", -1], ["--temperature"]),
@@ -375,6 +377,7 @@ def test_a_bad_option_is_one_clear_line(run, tmp_path, options, words):
 def test_an_output_in_a_folder_that_may_not_be_entered_is_refused(run, tmp_path):
     (tmp_path / "closed").mkdir()
     with closed(tmp_path / "closed"):
+        assert_refused(run("--out", tmp_path / "closed" / "a.wav"), "cannot write")
         assert_refused(run("--out", tmp_path / "closed" / "in" / "a.wav"), "cannot write")
 
 

@@ -467,7 +467,7 @@ def test_figures_that_nobody_reads_are_no_success(trained, own_clips):
     with subprocess.Popen(score, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         err = process.stderr.read()
-    assert process.returncode == 128 + signal.SIGHUP and "Error" not in err, err
+    assert process.returncode == 128 + signal.SIGHUP and '"val_nll"' in err and "Error" not in err, err
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 6, 7])

@@ -99,6 +99,11 @@ def test_a_gain_is_that_over_the_twin_of_the_same_seed():
     assert experiments.gain([made(0, 1.0)], [reader]).mean == 3.0
 
 
+def test_the_table_says_where_a_gain_compares_unequal_learning_rates():
+    rows = experiments.table(["music"])
+    assert "| `hybrid` | `gpt-l` (lr 6e-3 against 3e-3) |" in rows and "| `coarse` | `coarse-gpt` |" in rows
+
+
 @pytest.mark.parametrize("text", ["1", "1:2:3", "1:x", "-1:1", "nan:1"])
 def test_two_temperatures_are_wanted(text):
     assert closeness.pair("1:0.5") == (1.0, 0.5)

@@ -16,14 +16,14 @@ decoder's input.
     >>> codes, mel, targets = data.batch(seed=0, step=0, batch_size=16, context=256)
 
 Encoding is most of the work. Files of about the same length go through the codec side by side, on a GPU or on all cores
-of the CPU (on Linux). What is done is saved, so that an interrupted preparation goes on with the rest (unless the
-folder has changed meanwhile).
+of the CPU (on Linux). Finished files are saved, so an interrupted preparation goes on with the rest (unless the folder
+has changed meanwhile).
 
 Which crops a batch holds depends on seed, step, size, context and stretch only, not on the model or a resume. Each row
 is a crop of one clip, never of two; a clip shorter than the context is used whole, and the rest of its row is padding
 that is not scored. Inputs are one frame late: START, "nothing came before", stands where a clip's frame 0 is predicted.
 
-To read first: `encode_files`, then `Dataset.batch` and `gather`. The rest splits, caches and resumes.
+Read first: `encode_files`, then `Dataset.batch` and `gather`. The rest splits, caches and resumes.
 """
 import contextlib
 import functools
@@ -108,8 +108,8 @@ def encode_files(paths, problems, codec, mel_codebooks=0, latents=False, lookahe
 
         (i, codes (t, K) uint16, mel (t, 80) float16)
 
-    Everything is causal, so shorter files can be padded, and the padding's frames be dropped.
-    problems: a list, None for each path; why a file cannot be read, or not to its end, is put there. mel_codebooks: 0
+    Everything is causal, so shorter files can be padded and the padding's frames dropped.
+    problems: a list with a None per path; if a file cannot be read to its end, the reason goes there. mel_codebooks: 0
     for the mel of the file itself, K for that of what the first K codebooks decode to. latents: the codec's vectors in
     place of either mel, (t, C). lookahead, window: as in `log_mel`.
     """
@@ -193,11 +193,11 @@ def _files(top):
 def split_clips(names, dataset=None):
     """Which clips are for validation: a bool per name (relative path).
 
-    Top-level folders train/ and val/ decide, if they are all there is. DataError if one of them, or of another usual
-    name of a side, such as test/, stands beside anything else. Otherwise about a tenth validates, the clips whose
-    path's hash is low, so that adding a file moves no other (in a small folder at least the lowest and never the
-    highest, until a lower or a higher one comes). A dataset of corpora.py has a split, or groups (a speaker's clips)
-    that stay whole.
+    Top-level folders train/ and val/ decide, if they are all there is. DataError if one of them, or a folder of another
+    usual name, such as test/, stands beside anything else. Otherwise about a tenth validates: the clips whose paths
+    hash low, so adding a file moves no other (in a small folder the lowest always validates and the highest never,
+    until a lower or higher one comes). A dataset of corpora.py has a split, or groups (a speaker's clips) that stay
+    whole.
     """
     corpus = CORPORA.get(dataset)
     if corpus and corpus.val:
@@ -245,7 +245,7 @@ def prepare(dataset, codec, cache=CACHE, quiet=False, mel_codebooks=0, latents=F
                  "sample_rate": SAMPLE_RATE, "hop": HOP, "n_fft": N_FFT, "mel_floor": FLOOR,
                  "n_mels": codec.vectors.shape[-1] if latents else N_MELS, "latents": latents,
                  "mel_codebooks": mel_codebooks, "lookahead": lookahead, "window": window}
-    # any change of these gives another key; after a change of the code raise "format", or an old cache would be taken
+    # changing any of these gives another key; after changing the code raise "format", or an old cache would be used
     key = hashlib.sha256(json.dumps([str(folder.resolve()), files, made_with]).encode()).hexdigest()[:16]
     if dataset not in (*BUNDLED, *CORPORA):
         dataset = str(folder.resolve())                       # so that it is found again from anywhere
@@ -270,8 +270,8 @@ def _make(home, dataset, folder, files, codec, made_with, quiet):
     clips.mkdir(parents=True, exist_ok=True)
     todo = [i for i in range(len(files)) if not (clips / f"{i}.clip").exists()]
     batches, n_workers = _divide(todo, folder, files, codec.device)
-    # A DataLoader as a pool of processes: its items are lists of files, its collate_fn encodes one. Unlike those of
-    # multiprocessing.Pool, they end when the process that started them is killed
+    # A DataLoader as a pool of processes: its items are lists of files, its collate_fn encodes one list. Unlike
+    # multiprocessing.Pool's, its processes end when their parent is killed
     work = torch.utils.data.DataLoader(
         batches, collate_fn=functools.partial(_encode, clips, folder, files, codec, made_with), batch_size=None,
         in_order=False, num_workers=n_workers, multiprocessing_context="fork" if n_workers else None)
@@ -364,7 +364,7 @@ def _join(unfinished, dataset, names, made_with, skipped):
         print(f"warning: {used[0]} is the only usable file of '{dataset}': its last 10 % validate", file=sys.stderr)
         cut = n_frames - n_frames // 10
         clips, used, is_val = np.array([(0, cut), (cut, n_frames)]), used * 2, [False, True]
-    # how many frames of each file train; of a lone one, cut in two above, only the first part (where `zip` below ends)
+    # how many frames of each file train; for a lone file, cut in two above, `zip` below takes only the first number
     to_train = [0 if val else end - start for (start, end), val in zip(clips.tolist(), is_val)]
     if all(is_val) or not any(is_val):
         raise DataError(f"nothing usable in dataset '{dataset}' is left to {'train' if all(is_val) else 'validate'} on")

@@ -12,9 +12,9 @@ one column of codec tokens stands for, and its window ends exactly there:
     frame 2   ├───┼───────────────────────────────────┤             segment = wave[-64 : 960], zeros before the clip
               zeros                                   └ (t+1)*HOP = 960: not one sample later
 
-The usual window is centred on the frame's first sample and so, 1024 samples long, reaches 192 past (t+1)*HOP, into the
-audio of the token that a model at this position has to predict. That makes the likelihood look better than it is,
-and it is impossible while sampling, when that audio does not exist yet. `lookahead` lets the window reach that far on
+The usual window, 1024 samples centred on the frame's first, reaches 192 samples past (t+1)*HOP, into the audio of the
+token that a model at this position has to predict. That makes the likelihood look better than it is, and is
+impossible while sampling, when that audio does not exist yet. `lookahead` lets the window reach that far on
 purpose, to measure how much the leak is worth.
 
 The other is the shape of the window. A Hann window of 1024 samples gives its end almost no weight, and that is where
@@ -32,14 +32,14 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Checkpoints do not notice a change of these, nor of what is computed below: raise FORMAT in model.py, or old ones will
-# hear another mel than the one they learnt from. Caches notice the former only: for the latter raise data.py's "format"
+# After changing these, or what is computed below, raise FORMAT in model.py: old checkpoints cannot tell, and would hear
+# another mel than the one they learnt from. Caches notice only the former: for the latter, raise data.py's "format"
 SAMPLE_RATE = 24_000                 # Hz, EnCodec's
 HOP = 8 * 5 * 4 * 2                  # 320 samples: the product of EnCodec's strides
 FRAME_RATE = SAMPLE_RATE // HOP      # 75 a second, without remainder: one clock for mel frames, tokens and positions
 N_FFT = 1024                         # samples of a segment, 42.7 ms
 N_MELS = 80
-WINDOW = (HOP * 3 // 2, HOP // 10)   # (480, 32): samples over which the window rises, then falls to 0 at the frame's end
+WINDOW = (HOP * 3 // 2, HOP // 10)   # (480, 32) samples: how long it rises, then falls, to 0 at the frame's end
 HANN = (N_FFT // 2, N_FFT // 2)      # the same for a Hann window
 FLOOR = 1e-5                         # smallest power that enters the logarithm
 
@@ -162,7 +162,7 @@ def check_window(lookahead, window):
 def _log_mel(segments, lookahead, window):
     """Segments of samples (..., T, 1024) -> (..., T, 80). Every mel, for training and for sampling, is made here.
 
-    With a negative lookahead -N the segments given end with their frame; the first N samples are cut, N zeros appended.
+    With a negative lookahead -N, each segment passed in ends with its frame: cut its first N samples, append N zeros.
     """
     if lookahead < 0:
         segments = F.pad(segments[..., -lookahead:], (0, -lookahead))
@@ -175,7 +175,7 @@ class StreamingLogMel:
 
     `push(samples)` takes (N,) or (B, N), N >= 0 (the same B each time), and returns the (T, 80) or (B, T, 80)
     frames that became complete. It remembers the N_FFT - HOP samples that the next segment reaches back to, and
-    those of a frame still incomplete. With a lookahead of N > 0 each frame comes N samples later: end with N zeros.
+    those of a frame still incomplete. With lookahead N > 0 each frame is N samples late: push N zeros at the end.
     """
 
     def __init__(self, lookahead=0, window=WINDOW):

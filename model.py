@@ -11,8 +11,8 @@ coarse code has thrown away, without adding a position (Whisper-GPT, arXiv 2412.
 mel-only model are this same class with one branch switched off.
 
 With n_codebooks > 1 a second, small transformer runs over *depth*, inside each frame, as in Moshi (2410.00037), after
-RQ-Transformer (2203.01941). Its position k is given the output of the blocks above, the *backbone*, plus code k, sees
-codes 1 to k and predicts code k + 1; in training these are the right ones (teacher forcing):
+RQ-Transformer (2203.01941). Its position k is given the output of the blocks above (the *backbone*) plus code k; it
+sees codes 1 to k, in training the right ones (teacher forcing), and predicts code k + 1:
 
     backbone ─┬─ head ───────────────────────────── code 1
               ├─ + code 1 ─ depth blocks ─ head 2 ─ code 2
@@ -109,9 +109,9 @@ PRESETS = {                          # train.py's default learning rate is highe
 def rotary_angles(start, length, head_dim):
     """What `rotate` multiplies by, for `length` positions from `start`: cos and signed sin, (2, length, head_dim).
 
-    Channel i and channel i + D/2 form a pair that turns by position * 10000^(-2i/D). A query and a key that are turned
-    so have a dot product in which only their distance appears: there is no position embedding that could run out while
-    sampling. In float64 (on the CPU), as there positions grow without bound.
+    Channel i and channel i + D/2 form a pair that turns by position * 10000^(-2i/D). A query and a key turned this way
+    have a dot product in which only their distance appears: there is no position embedding to run out of in sampling.
+    Positions then grow without bound: hence float64 (on the CPU).
     """
     frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(start, start + length, dtype=torch.float64)[:, None] * frequency
@@ -236,7 +236,7 @@ class HybridGPT(nn.Module):
             # GPT-2's initialisation: what is added to the residual stream shrinks with the number of additions
             # (the two small transformers use the backbone's number, too)
             std = 0.02 / math.sqrt(2 * c.n_layer) if name.endswith("proj.weight") else 0.02
-            if p.dim() > 1:                                   # a fork's biases and gains keep their own values
+            if p.dim() > 1:                                   # biases and gains that you add keep their values
                 nn.init.normal_(p, mean=0.0, std=std)
         # what enters the stream has variance 1 whatever the branches, so that twins differ only in what they read.
         # finer_embedding and depth_embedding stay small: they are thousands of rarely used random vectors, which at

@@ -12,7 +12,7 @@ One frame, 1/75 s, at a time, around one loop:
 
 A model with several codebooks draws the finer codes of a frame one after the other, each knowing those before it. They
 fix the exact shape of the wave; a lower --finer-temperature makes it smoother. At 0.7 the speech of the models in
-assets/ comes closer to the corpus, but music strays farther from it, most of all a hybrid's, which hears what it draws
+assets/ comes closer to the corpus, but music strays farther, most of all that of a hybrid, which hears what it draws
 and was trained on codes as varied as a recording's (notebook 06).
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
@@ -104,7 +104,7 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
 
 
 def can_be_written(path):
-    """Is its folder there, and writable, and is it no folder itself?"""
+    """Is its folder there and writable, and is it not one itself?"""
     try:
         return os.access(path.parent, os.W_OK) and not stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:                                 # not there yet

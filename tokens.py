@@ -70,8 +70,8 @@ class CodecError(RuntimeError):
 # ----------------------------------------------------------------------------- the codec
 
 def exact(method):
-    """A method of one tensor and more, without gradients and in float32, also inside torch.autocast: in bfloat16 more
-    than a tenth of all coarse codes would be others."""
+    """Run a method (tensor first) without gradients and in float32, even inside torch.autocast: in bfloat16 more than
+    a tenth of all coarse codes would differ."""
     @functools.wraps(method)
     def wrapped(self, x, *args, **options):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -211,7 +211,7 @@ def run_piece(module, x, state):
     Pieces are whole frames, so that every stride divides them and no layer is left with half an output.
     `state` is a dict, empty at the start of a clip: layer -> what it must remember. For a causal convolution, the last
     inputs that its kernel still reaches. For the LSTM, its hidden and cell state. A transposed convolution's kernel is
-    twice its stride, so input t adds `now` to block t of the outputs, a stride long, and `later` to block t + 1:
+    twice its stride, so input t adds `now` to output block t (one stride long) and `later` to block t + 1:
 
         y[block t] = now[t] + later[t - 1]                    remembered: `later` of the last input
     """

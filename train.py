@@ -8,11 +8,11 @@ train.py: the training loop, on one GPU or on the CPU, or on several GPUs.
     python train.py --eval out.pt                           score a checkpoint, train nothing
     torchrun --nproc_per_node=8 train.py --dataset ...      each batch divided among eight GPUs
 
-Three files: out.pt, the best model so far by validation NLL; out.last.pt, the whole state; out.jsonl, every figure
-that was printed, and each clip's NLL. Every evaluation goes over the whole validation split in fixed order, so they can
-be compared.
+It writes out.pt, the best model so far by validation NLL; out.last.pt, the whole state; and out.jsonl, every figure
+that was printed, and each clip's NLL. Every evaluation covers the whole validation split in fixed order, so all can be
+compared.
 
-To read first: `evaluate`, `own_details` and, in `main`, "the loop". The rest is options, interruptions and errors.
+Read first: `evaluate`, `own_details` and, in `main`, "the loop". The rest is options, interruptions and errors.
 """
 import argparse
 import contextlib
@@ -44,7 +44,7 @@ from tokens import CodecError, load_codec
 # and each costs a softmax over 1024, too (Sesame's CSM takes a random sixteenth: compute amortisation)
 DEPTH_EVERY = 8
 
-# To the depth blocks each frame is a sequence of its own, and CUDA's fused attention takes no more at once
+# To the depth blocks each frame is a sequence, and CUDA's fused attention takes at most this many at once
 MOST_FRAMES = 65_535
 
 # torchrun sets all three; a cluster's scheduler may set some of them for its own purposes
@@ -86,7 +86,7 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
 
 @torch.no_grad()
 def own_details(model, codec, codes, mel, targets):
-    """The mel (B, T, 80) of a batch as decoded from its right coarse codes and finer ones that the model draws itself.
+    """A batch's mel (B, T, 80), decoded from the right coarse codes and from finer ones that the model draws itself.
 
     That is close to what it hears when it samples; the target is still the right next code. It is scheduled sampling
     (Bengio et al., 1506.03099), but in one extra pass, as for Transformers in 1906.07651, at a fixed rate and of the
@@ -118,10 +118,10 @@ def count_targets(targets, depth_frames):
 
 
 def total_loss(losses, shares):
-    """NLL of the coarse code + mean NLL of the finer codes: of losses (K,), the means over a part of a batch.
+    """NLL of the coarse code + mean NLL of the finer codes, from losses (K,), means over a part of a batch.
 
-    As short clips are padded, the parts hold unequal numbers of targets. Each counts by its shares of the batch's
-    targets (2,), coarse and finer, so that over all parts and processes they add up to the means over the batch.
+    Short clips are padded, so the parts hold unequal numbers of targets. Each part is weighted by its shares (2,) of
+    the batch's targets, coarse and finer, so that all parts and processes add up to the means over the batch.
     """
     loss = losses[0] * shares[0]
     return loss + losses[1:].mean() * shares[1] if len(losses) > 1 else loss
@@ -139,7 +139,7 @@ def learning_rate(step, args):
 
 SHOWN = ("dataset", "codec", *MEL_OPTIONS)           # what a model is shown; out.pt and every result name these options
 # options that may change with --resume: where things are now (hashes tell whether they are the same), and how to
-# compute (another dtype, compile or accumulate, and the run is not the same to the bit)
+# compute (after changing dtype, compile or accumulate, the run is not bit-identical)
 MAY_CHANGE = {"dataset", "codec", "codec_dir", "dtype", "compile", "accumulate"}
 THIS_CALL = ("given", "out", "resume", "overwrite", "eval", "device")             # not stored for --resume
 # options allowed beside --eval; not --latents, as their width would not fit a model made for a mel
@@ -182,8 +182,8 @@ def parse_arguments():
     add("--stretch", type=int, metavar="N", help="cut the crops from pieces of N positions, thus from fewer places, "
         "to measure what many places are worth; clips shorter than N leave rows empty (default: one crop)")
     add("--accumulate", type=int, default=1, help="parts to split a batch into, to save memory (default: %(default)s)")
-    add("--lr", type=float, help="highest learning rate, after the warm-up (default: 1e-3, for presets narrower "
-        "than 256 1.2e-2; best: for nano 1.2e-2 in 300 steps, 6e-3 in 2,400 and, with one codebook, in 600; for "
+    add("--lr", type=float, help="highest learning rate, after the warm-up (default: 1e-3; 1.2e-2 for presets "
+        "narrower than 256; best: for nano 1.2e-2 in 300 steps, 6e-3 in 2,400 and, with one codebook, in 600; for "
         "larger ones 3e-3 to 6e-3 in 400)")
     add("--warmup", type=int, default=30, help="steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.1, help="default: %(default)s")
@@ -232,7 +232,7 @@ def parse_arguments():
 
 
 def out_of_memory(error):
-    """Is that what an exception means? For the CPU torch has no error of its own."""
+    """Does this exception mean that? For the CPU torch has no error of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -254,7 +254,7 @@ def choose_device(name):
 # ----------------------------------------------------------------------------- a run, new or interrupted
 
 def open_log(args, out, last, path):
-    """The log, to append to. Exits if there is an earlier run, unless told what to do with it, or if one goes on."""
+    """The log, to append to. Exits if there is an earlier run, unless told what to do with it, or one is running."""
     try:
         for file in (out, last, path):
             if file.exists() and file.stat().st_size and not (args.resume or args.overwrite):
@@ -347,7 +347,7 @@ def check_options(args, config):
                  + f" must divide --batch-size {args.batch_size}")
     frames = args.batch_size // (args.accumulate * WORLD) * math.ceil(args.context / DEPTH_EVERY)
     if config.n_codebooks > 1 and frames > MOST_FRAMES:
-        sys.exit(f"error: the finer codes of {frames:,} frames would be learnt at once, at most {MOST_FRAMES:,} can: "
+        sys.exit(f"error: finer codes of {frames:,} frames would be learnt at once; at most {MOST_FRAMES:,} can be: "
                  "raise --accumulate, or lower --batch-size")
     stretch, positions = args.stretch or args.context, args.batch_size * args.context
     if stretch % args.context or positions % stretch:

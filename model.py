@@ -59,6 +59,7 @@ class Config:
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
     n_mels: int = 80                 # numbers per frame that the mel branch is shown; train.py sets it
     mel_noise: float = 0.0           # standard deviation of the noise added to the whitened mel in training
+    mel_delay: int = 0               # frames by which the mel comes too late, to measure what the latest are worth
     n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
     n_depth_layer: int = 2           # blocks over depth, if K > 1
     n_depth_embd: int = 128          # their width; a multiple of n_embd // n_head
@@ -74,8 +75,9 @@ class Config:
         """Raise ValueError for a combination that cannot work."""
         sizes = (self.n_layer, self.n_head, self.n_embd, self.n_inner, self.n_mel_embd, self.n_depth_embd,
                  self.n_input_codebooks, self.n_codebooks, self.context)
-        if min(sizes) < 1 or not min(self.mel_noise, self.n_mel_layer, self.n_depth_layer) >= 0:      # or nan
-            raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer and mel_noise at least 0")
+        if min(sizes) < 1 or not min(self.mel_noise, self.mel_delay, self.n_mel_layer, self.n_depth_layer) >= 0:  # nan
+            raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer, mel_noise and mel_delay at "
+                             "least 0")
         if not (self.use_codes or self.use_mel):
             raise ValueError("a model needs use_codes or use_mel")
         if self.n_input_codebooks > 1 and not self.use_codes:
@@ -314,7 +316,10 @@ class HybridGPT(nn.Module):
                 mel = (mel.to(self.mel_mean.dtype) - self.mel_mean) @ self.mel_whitening
             if self.training and self.config.mel_noise:
                 mel = mel + self.config.mel_noise * torch.randn_like(mel)
-            m = self.mel_in(mel.masked_fill(at_start, 0.0)).type_as(mel)          # (B, T, n_mel_embd)
+            mel = mel.masked_fill(at_start, 0.0)
+            if self.config.mel_delay:
+                mel = F.pad(mel, (0, 0, self.config.mel_delay, 0))[:, :T]         # zeros, then all but the latest
+            m = self.mel_in(mel).type_as(mel)                                     # (B, T, n_mel_embd)
             for block in self.mel_blocks:
                 m = block(m, rotary, mask, cache)
             m = norm(m)

@@ -338,6 +338,8 @@ def cannot_be_sampled(config, shown):
                 f"{' '.join(map(str, shown['window']))}")
     if config.use_mel and shown["latents"]:
         return "was trained on --latents, not on a mel"
+    if config.use_mel and config.mel_delay:
+        return f"was trained on a mel that is {config.mel_delay} frames late"
 
 
 def check_options(args, config):

@@ -25,6 +25,8 @@ leak      Hann windows that look further ahead, the same cut off, and a longer a
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel, all eight codes as
           embeddings, or the codec's own vectors: of the recording before quantisation, of one code, of all eight; both
           the mel of eight codebooks and all eight codes as embeddings
+delay     `coarse` and `coarse-heard`, with the mel one frame and three frames later than it could be: how much of the
+          gain is in the very latest sound?
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `coarse`'s size; that of
           4 blocks also trained on decoded mel
 size      both models narrower and wider (not in pairs of equal size: two curves over parameters), with learning rates
@@ -114,6 +116,8 @@ EXPERIMENTS = {
                 **{f"coarse-heard{k}": [*COARSE, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
                 "coarse-codes8": [*GPT, *CODES8], "coarse-both8": [*HEARD, *CODES8],
                 **{f"coarse-latents{k}": [*COARSE, "--mel-codebooks", str(k), "--latents"] for k in (0, 1, 8)}},
+    "delay": {f"{name}-delay{n}": [*TRIO[name], "--set", f"mel_delay={n}"]
+              for n in (1, 3) for name in ("coarse", "coarse-heard")},
     "fuse": {"coarse-add": [*COARSE, "--set", "fuse=add", "n_inner=528"],
              **{f"coarse-blocks{n}": [*COARSE, "--set", f"n_mel_layer={n}", f"n_inner={inner}"]
                 for n, inner in ((0, 584), (2, 440), (4, 296))},
@@ -153,8 +157,8 @@ EXPERIMENTS = {
               **{f"{name}-late-steps1200": ["--model", name, *SCALE, "--codec", REFITTED["late"]]
                  for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-SEVERAL_SEEDS = ("gap", "window", "streams", "mix", "twice", "dropout", "longer", "shipped", "codes8", "own", "double",
-                 "short", "codec", "decoder", "paper", "scale")
+SEVERAL_SEEDS = ("gap", "window", "streams", "delay", "mix", "twice", "dropout", "longer", "shipped", "codes8", "own",
+                 "double", "short", "codec", "decoder", "paper", "scale")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]

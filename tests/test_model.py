@@ -73,7 +73,7 @@ def test_presets_differ_between_twins_in_the_mel_branch_and_the_mlp_only():
     *(({field: size}, "at least 1") for size in (0, -4) for field in (
         "n_layer", "n_head", "n_embd", "n_inner", "n_mel_embd", "n_depth_embd", "n_input_codebooks", "n_codebooks",
         "context")),
-    *(({field: -1}, "at least 0") for field in ("n_mel_layer", "n_depth_layer", "mel_noise")),
+    *(({field: -1}, "at least 0") for field in ("n_mel_layer", "n_depth_layer", "mel_noise", "mel_delay")),
     (dict(mel_noise=float("nan")), "at least 0"), (dict(fuse="glue"), "glue"),
     (dict(use_codes=False, use_mel=False), "use_codes or use_mel"),
     (dict(use_codes=False, n_input_codebooks=2), "n_input_codebooks needs use_codes"),
@@ -246,6 +246,18 @@ def test_the_noise_on_the_mel_is_as_loud_as_asked():
     model(codes, mel)
     model.train()(codes, mel)
     assert (heard[1] - heard[0])[:, 1:].std().item() == pytest.approx(0.5, rel=0.05)
+
+
+@torch.no_grad()
+def test_a_delayed_mel_is_the_whitened_mel_some_frames_late():
+    late, model = make(replace(HYBRID, mel_delay=3)), make(HYBRID)
+    codes, mel, _ = inputs(16)
+    for m in (late, model):
+        m.mel_mean.fill_(0.5)
+    shifted = torch.cat([model.mel_mean.expand(*mel[:, :3].shape), mel[:, :-3]], dim=1)    # the mean: zeros, whitened
+    shifted[:, 3] = model.mel_mean                            # what stood at START is not heard later, either
+    torch.testing.assert_close(logits_of(late, codes, mel), logits_of(model, codes, shifted))
+    assert not torch.equal(logits_of(late, codes, mel), logits_of(model, codes, mel))
 
 
 # ----------------------------------------------------------------------------- the finer codes

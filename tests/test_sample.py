@@ -393,6 +393,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(run, ckpt, tmp_path):
     (lambda c: c.update(latents=True), ["--latents", "not sampled"]),
     (lambda c: (c.update(lookahead=192), c["config"].update(use_mel=False, use_codes=True)), []),
     (lambda c: c.update(window=[512, 512]), ["--window 512 512", "not sampled"]),
+    (lambda c: c["config"].update(mel_delay=2, use_mel=True), ["2 frames late", "not sampled"]),
     (lambda c: c["config"].update(use_codes=False, use_mel=True), []),
     (lambda c: c["config"].update(n_input_codebooks=9, use_codes=True), ["reads 9 codebooks", "not sampled"])])
 def test_a_checkpoint_that_only_serves_to_measure_is_refused(run, ckpt, tmp_path, change, words):

@@ -434,13 +434,13 @@ class Dataset:
     def damaged(self, how):
         return DataError(f"the cache {self.home} is damaged ({how}): delete that folder, and it will be made anew")
 
-    def batch(self, seed, step, batch_size, context, stretch=None, n_codebooks=None):
+    def batch(self, seed, step, batch_size, context, stretch=None, n_codebooks=None, rows=slice(None)):
         """A training batch, a pure function of its arguments: codes and targets (B, K, T), mel (B, T, 80) float16.
 
         Each row is centred on a frame drawn uniformly from the training split, then moved to lie inside its clip,
         so that the first frames of a clip, where sampling starts, come up often. With `stretch`, a multiple of
         `context`, pieces of `stretch` frames are drawn instead and cut into rows: neighbours, from fewer places.
-        K is `n_codebooks`, by default all that the codec has.
+        K is `n_codebooks`, by default all that the codec has. rows: only these, for one of several processes.
         """
         stretch = stretch or context
         rng = np.random.default_rng((seed, step))
@@ -451,7 +451,7 @@ class Dataset:
             offset = centre - (self.train_ends[clip] - (end - start)) - stretch // 2      # within the clip
             offset = max(0, min(offset, end - start - stretch))
             crops += [(start, end, offset + i, 0) for i in range(0, stretch, context)]
-        return self.gather(crops, context, n_codebooks)
+        return self.gather(crops[rows], context, n_codebooks)
 
     def validation(self, context, batch_size, n_codebooks=None):
         """The whole validation split in fixed order: yields (codes, mel, targets, clip (B,)) batches.

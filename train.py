@@ -95,7 +95,7 @@ def own_details(model, codec, codes, mel, targets):
     """
     model.eval()                                                                  # no dropout, no mel_noise
     x, coarse = model.backbone(codes, mel).flatten(0, 1), targets[:, 0].clamp(min=0).flatten()        # (B * T, ...)
-    draw = lambda logits: torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    draw = lambda logits: torch.multinomial(logits.nan_to_num().softmax(-1), 1)[:, 0]         # `main` reports a NaN
     own = torch.cat([model.draw_finer(*part, draw) for part in zip(x.split(MOST_FRAMES), coarse.split(MOST_FRAMES))])
     model.train()
     wave = codec.decode(own.unflatten(0, mel.shape[:2]).mT)                       # (B, T * 320)
@@ -103,11 +103,14 @@ def own_details(model, codec, codes, mel, targets):
 
 
 def get_batch(data, others, args, n_codebooks, step):
-    """codes, mel, targets. They depend on step and options only: a resumed run equals an uninterrupted one."""
-    which = args.seed, step, args.batch_size, args.context, args.stretch, n_codebooks
+    """codes, mel, targets: this process's rows of a batch that depends on step and options only, so that a resumed run
+    equals an uninterrupted one."""
+    n = args.batch_size // WORLD
+    which = args.seed, step, args.batch_size, args.context, args.stretch, n_codebooks, slice(RANK * n, (RANK + 1) * n)
     codes, mel, targets = data.batch(*which)
     for other in others:                                      # --mix: the same crops, every other one with its mel
-        mel[step % 2::2] = other.batch(*which)[1][step % 2::2]
+        some = slice((RANK * n + step) % 2, None, 2)
+        mel[some] = other.batch(*which)[1][some]
     return codes, mel, targets
 
 
@@ -394,7 +397,8 @@ stopped_by = []                      # signals received: the run ends after the 
 def stop_soon(number, _=None):
     """The signal handler while the loop runs: the run ends after the current step."""
     stopped_by.append(number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C: at once
+    if not TORCHRUN:                                          # it may forward a Ctrl-C that has come already
+        signal.signal(signal.SIGINT, signal.default_int_handler)          # a second Ctrl-C: at once
 
 
 def signal_received():
@@ -517,7 +521,9 @@ def main():
         if (step % 20 == 0 or due or stop) and not grad_norm.isfinite():
             diverged("the loss or its gradient")
         if due and MASTER:                                    # not `wrapped`: it would be compiled for eval mode, too
-            figures = evaluate(model, data, args.batch_size // (args.accumulate * WORLD), autocast)
+            # rows at once: as many as a step's part has; if that is few because of many processes, up to 16
+            n_rows = max(args.batch_size // args.accumulate // WORLD, min(args.batch_size // args.accumulate, 16))
+            figures = evaluate(model, data, n_rows, autocast)
             if not math.isfinite(figures["val_nll"]):
                 diverged("the validation loss")
             write_log({"step": step, "unigram_nll": unigram, "n_params": n_params, "tokens_seen": tokens_seen,
@@ -553,8 +559,9 @@ def main():
         # begin, would never be trained
         depth_frames = torch.arange(step % min(DEPTH_EVERY, context), context, DEPTH_EVERY)
         n_targets, loss_sum = count_targets(batch[2], depth_frames), 0.0          # (2,)
-        # this process's rows of the batch, in --accumulate parts
-        parts = zip(*(x.chunk(WORLD)[RANK].chunk(args.accumulate) for x in batch))
+        if WORLD > 1:
+            dist.all_reduce(n_targets)                        # of the whole batch
+        parts = zip(*(x.chunk(args.accumulate) for x in batch))
         for n_part, part in enumerate(parts, start=1):
             if WORLD > 1:                                     # gradients are averaged once, after the last part
                 wrapped.require_backward_grad_sync = n_part == args.accumulate

@@ -818,6 +818,11 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(mixed, tmp_path):
     assert not torch.equal(mixed.batch(1, 2, 8, 32)[2], mixed.batch(2, 1, 8, 32)[2])
 
 
+def test_some_rows_of_a_batch_are_the_same_as_in_all_of_it(mixed):
+    for whole, part in zip(mixed.batch(1, 2, 8, 32), mixed.batch(1, 2, 8, 32, rows=slice(3, 5))):
+        assert len(part) == 2 and torch.equal(part, whole[3:5])
+
+
 def test_a_batch_without_the_finest_codes_is_otherwise_the_same(mixed):
     for whole, part in [(mixed.batch(1, 2, 8, 32), mixed.batch(1, 2, 8, 32, n_codebooks=1)),
                         *zip(mixed.validation(32, 4), mixed.validation(32, 4, n_codebooks=1))]:

@@ -288,7 +288,7 @@ def test_batches_hold_the_codes_that_the_model_uses_and_no_more(run, tmp_path, o
 def test_batches_are_drawn_as_the_options_say_and_those_of_stretches_are_as_large_as_others(run, tmp_path):
     with spy(data.Dataset, "batch") as drawn, spy(HybridGPT, "forward") as calls:
         assert run(tmp_path, "--batch-size", 4, "--stretch", 64, "--seed", 5).code == 0
-    assert [call.args[1:] for call in drawn.call_args_list] == [(5, step, 4, 32, 64, 8) for step in range(4)]
+    assert [call.args[1:] for call in drawn.call_args_list] == [(5, step, 4, 32, 64, 8, slice(0, 4)) for step in range(4)]
     assert {call.args[1].shape for call in in_training(calls)} == {(4, 8, 32)}
 
 
@@ -872,11 +872,12 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(run, tmp_path, trained):
         [e["val_nll"] for e in evaluations(trained / "out.jsonl")]
 
 
-def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(run, tmp_path):
-    result = run(tmp_path, "--lr", "1e30", "--steps", 20, "--eval-every", 1)
+@pytest.mark.parametrize("every, options", [(1, []), (20, ["--own-details"])])        # drawn from what has diverged
+def test_a_run_that_diverges_stops_and_names_the_last_good_checkpoint(run, tmp_path, every, options):
+    result = run(tmp_path, "--lr", "1e30", "--steps", 20, "--eval-every", every, *options)
     assert_refused(result, "no longer finite at step", "learning rate", "out.last.pt")
     model, checkpoint = load_checkpoint(tmp_path / "out.last.pt")
-    assert f"at step {checkpoint['step'] + 1}," in result.err
+    assert f"at step {checkpoint['step'] + every}," in result.err
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -910,6 +911,31 @@ def test_two_processes_train_in_parts_as_one_does_at_once(command, tmp_path):
     one, two = ([entry.get("val_nll", entry.get("loss")) for entry in log[1:]] for log in logs)
     assert len(one) == 4 and one == pytest.approx(two, abs=1e-4)
     assert one[0] - one[1] > 0.01                             # and not because nothing moves
+
+
+def test_the_rows_of_all_processes_together_are_the_batch_of_one(run, clips, tiny_codec_file, monkeypatch):
+    args, codec = SimpleNamespace(seed=3, batch_size=9, context=32, stretch=None), load_codec(str(tiny_codec_file))
+    decoded, recorded = (data.prepare(str(clips), codec, run.cache, quiet=True, mel_codebooks=k) for k in (8, 0))
+    for step in (0, 1):                                       # with --mix 0, and an odd number of rows each
+        whole = train.get_batch(decoded, [recorded], args, 8, step)
+        monkeypatch.setattr(train, "WORLD", 3)
+        parts = []
+        for rank in range(3):
+            monkeypatch.setattr(train, "RANK", rank)
+            parts.append(train.get_batch(decoded, [recorded], args, 8, step))
+        assert all(torch.equal(torch.cat(pieces), all_of_it) for pieces, all_of_it in zip(zip(*parts), whole))
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_second_interrupt_ends_a_run_at_once_unless_torchrun_may_have_forwarded_it(monkeypatch, torchrun):
+    handlers = {}
+    monkeypatch.setattr(train, "TORCHRUN", torchrun)
+    monkeypatch.setattr(train, "stopped_by", [])
+    monkeypatch.setattr(train.signal, "signal", handlers.__setitem__)
+    train.stop_soon(signal.SIGINT)
+    assert train.stopped_by == [signal.SIGINT]
+    assert handlers == ({} if torchrun else {signal.SIGINT: signal.default_int_handler})
 
 
 def test_all_processes_stop_for_a_signal_that_any_of_them_has_received(monkeypatch):

@@ -145,8 +145,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)         # (B, H, T, D) each
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        qk, (v,) = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).split((2, 1))
+        q, k = rotate(qk, rotary)                             # (B, H, T, D) each, as v
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and cache is None)
@@ -181,13 +181,12 @@ class KVCache:
 
     def extend(self, attention, k, v):
         """Store k, v (B, H, 1, D) of the current position; return those of all visible ones, (B, H, n, D) each."""
+        kv = torch.stack([k, v])                                                  # (2, B, H, 1, D)
         if attention not in self.rings:
-            B, H, _, D = k.shape
-            self.rings[attention] = k.new_zeros(2, B, H, self.context, D)
+            self.rings[attention] = kv.new_zeros(*kv.shape[:3], self.context, kv.shape[4])
         ring = self.rings[attention]
-        ring[0, :, :, self.position % self.context] = k[:, :, 0]
-        ring[1, :, :, self.position % self.context] = v[:, :, 0]
-        return ring[:, :, :, : min(self.position + 1, self.context)]
+        ring.narrow(3, self.position % self.context, 1).copy_(kv)
+        return ring.narrow(3, 0, min(self.position + 1, self.context))
 
 
 # ----------------------------------------------------------------------------- the model
@@ -300,7 +299,7 @@ class HybridGPT(nn.Module):
         at_start = (codes[:, 0] == START)[..., None]                              # (B, T, 1)
         first = 0 if cache is None else cache.position
         if first + T <= context:
-            rotary = self.rotary[:, first:first + T]
+            rotary = self.rotary[:, first:first + T].unbind()
         else:                                                                     # sampling goes on past the context
             rotary = rotary_angles(first, T, self.rotary.shape[-1]).to(codes.device)
         mask = None                                                               # causal: all that came before
@@ -349,7 +348,7 @@ class HybridGPT(nn.Module):
         # is summed in an order that varies with the threads: a resumed run would differ from an uninterrupted one
         rows = codes + CODEBOOK_SIZE * torch.arange(first, first + k, device=codes.device)
         x = self.depth_in(x)[:, None] + F.embedding(rows, self.depth_embedding.flatten(0, 1))    # (n, k, n_depth_embd)
-        rotary = self.rotary[:, first:first + k]
+        rotary = self.rotary[:, first:first + k].unbind()
         for block in self.depth_blocks:
             x = block(x, rotary, cache=cache)
         if cache is not None:

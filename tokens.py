@@ -31,6 +31,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 # encodec imports torchaudio, which only train_codec.py --adversarial uses. Its wheel for Linux is built for CUDA and
 # fails to load beside a CPU build of torch (OSError) or one for another CUDA (RuntimeError): then, and only then, an
@@ -115,7 +116,9 @@ class Codec:
 
     def dequantize(self, codes):
         """codes (B, K, T) -> the decoder's input: the sum of the vectors that they stand for, (B, C, T)."""
-        return self.model.quantizer.decode(codes.transpose(0, 1))
+        # as the package's quantizer.decode, which takes several times as long for one frame
+        layers = self.model.quantizer.vq.layers
+        return sum(F.embedding(row, layer.codebook) for row, layer in zip(codes.unbind(1), layers)).mT
 
     def encode(self, wave, n_codebooks=None):
         """24 kHz waveform (B, N), floats in [-1, 1] -> codes (B, K, N // 320) int64, coarse first.

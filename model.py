@@ -75,7 +75,8 @@ class Config:
         """Raise ValueError for a combination that cannot work."""
         sizes = (self.n_layer, self.n_head, self.n_embd, self.n_inner, self.n_mel_embd, self.n_depth_embd,
                  self.n_input_codebooks, self.n_codebooks, self.context)
-        if min(sizes) < 1 or not min(self.mel_noise, self.mel_delay, self.n_mel_layer, self.n_depth_layer) >= 0:  # nan
+        may_be_0 = (self.mel_noise, self.mel_delay, self.n_mel_layer, self.n_depth_layer)
+        if min(sizes) < 1 or not min(may_be_0) >= 0:          # or nan
             raise ValueError("every size must be at least 1, n_mel_layer, n_depth_layer, mel_noise and mel_delay at "
                              "least 0")
         if not (self.use_codes or self.use_mel):

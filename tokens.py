@@ -116,7 +116,7 @@ class Codec:
 
     def dequantize(self, codes):
         """codes (B, K, T) -> the decoder's input: the sum of the vectors that they stand for, (B, C, T)."""
-        # as the package's quantizer.decode, which takes several times as long for one frame
+        # as the package's quantizer.decode, which takes twice as long for one frame
         layers = self.model.quantizer.vq.layers
         return sum(F.embedding(row, layer.codebook) for row, layer in zip(codes.unbind(1), layers)).mT
 

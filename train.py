@@ -364,7 +364,7 @@ def check_options(args, config):
                              or not 1 < config.n_codebooks == args.mel_codebooks
                              or cannot_be_sampled(config, vars(args))):
         sys.exit("error: --own-details needs a hybrid that reads one codebook, predicts several and is shown the mel "
-                 "of just as many, without --mix, --latents, --lookahead or --window")
+                 "of just as many, without --mix, --latents, --lookahead, --window or mel_delay")
 
 
 def configure_optimizer(model, args):

@@ -1108,7 +1108,7 @@ def test_a_command_that_failed_can_be_corrected_and_run_again(run, tmp_path):
     *[(["--own-details", *more], ["--own-details"]) for more in (
         ["--n-codebooks", 1], ["--mel-codebooks", 0], ["--mix", 0], ["--latents"], ["--window", 512, 512],
         ["--model", "nano-gpt"], ["--mel-codebooks", 0, "--lookahead", 9], ["--n-codebooks", 1, "--mel-codebooks", 1],
-        ["--set", "n_input_codebooks=8"])],
+        ["--set", "n_input_codebooks=8"], ["--set", "mel_delay=1"])],
     (["--model", "nano-gpt", "--mix", 0], ["--mix", "token-only"]),
     (["--dataset", ""], ["no dataset ''"]),
     (["--codec-dir", ""], ["empty name"]),

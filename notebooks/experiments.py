@@ -302,8 +302,8 @@ def bootstrap(gains, weights, draws=1000):
 def table(datasets):
     """Two markdown tables from results/: each model at its learning rate, and each hybrid's gain over its twin.
     (`coarse-codes8` and `nano-codes8` are listed with a mel, but read none.)"""
-    models = ["| dataset | model | parameters | lr | val NLL by seed | mean ± sd | perplexity | accuracy | unigram |",
-              "|---|---|---|---|---|---|---|---|---|"]
+    models = ["| dataset | model | parameters | lr | val NLL by seed | mean ± sd | perplexity | accuracy | unigram | "
+              "whole frames |", "|---|---|---|---|---|---|---|---|---|---|"]
     gains = ["| dataset | gain of | over | shown the mel (or vectors) of | by seed | mean | 95 % interval |",
              "|---|---|---|---|---|---|---|"]
     made = set()
@@ -314,10 +314,11 @@ def table(datasets):
             nll = [r["best"]["val_nll"] for r in found]
             average = lambda key: statistics.mean(r["best"][key] for r in found)
             spread = f" ± {statistics.stdev(nll):.3f}" if len(nll) > 1 else ""
+            frames = f"{frame_nll(found):.2f}" if found[0]["best"].get("val_nll_finer") else ""
             models.append(f"| {dataset} | `{model}` | {found[0]['best']['n_params']:,} | {found[0]['lr']} | "
                           f"{' '.join(f'{n:.3f}' for n in nll)} | {average('val_nll'):.3f}{spread} | "
                           f"{average('val_ppl'):.1f} | {100 * average('val_acc'):.1f} % | "
-                          f"{average('unigram_nll'):.3f} |")
+                          f"{average('unigram_nll'):.3f} | {frames} |")
         for model, other in ((model, other) for model, others in TWINS.items() for other in others):
             for shown, name in (("0", "the original"), ("8", "8 codebooks"), ("4", "4 codebooks"),
                                 ("2", "2 codebooks"), ("1", "1 codebook")):
@@ -337,6 +338,11 @@ def best_runs(dataset, model):
     found = [result for p in RESULTS.glob(f"{dataset}-{model}-lr*.json") if (result := read(p))]
     by_rate = [sorted((r for r in found if r["lr"] == lr), key=lambda r: r["seed"]) for lr in {r["lr"] for r in found}]
     return max(by_rate, key=lambda runs: (len(runs), -runs[0]["best"]["val_nll"]), default=[])
+
+
+def frame_nll(runs):
+    """Mean NLL of whole frames over several results, in nats: of the coarse code and of the finer ones, summed."""
+    return statistics.mean(r["best"]["val_nll"] + sum(r["best"]["val_nll_finer"]) for r in runs)
 
 
 Gain = namedtuple("Gain", "by_seed mean low high")            # in nats; low and high: the interval

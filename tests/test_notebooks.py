@@ -104,6 +104,14 @@ def test_the_table_says_where_a_gain_compares_unequal_learning_rates():
     assert "| `hybrid` | `gpt-l` (lr 6e-3 against 3e-3) |" in rows and "| `coarse` | `coarse-gpt` |" in rows
 
 
+def test_a_whole_frame_costs_its_coarse_code_and_its_finer_ones():
+    best = {"val_nll": 3.0, "val_nll_finer": [4.0, 5.5]}
+    assert experiments.frame_nll([{"best": best}, {"best": {**best, "val_nll": 4.0}}]) == 13.0
+    models = experiments.table(["speech"]).split("\n\n")[0].splitlines()
+    nano, coarse = (next(row for row in models if f"| `{model}` |" in row) for model in ("nano", "coarse"))
+    assert nano.endswith("| 38.99 |") and coarse.endswith("|  |")
+
+
 @pytest.mark.parametrize("text", ["1", "1:2:3", "1:x", "-1:1", "nan:1"])
 def test_two_temperatures_are_wanted(text):
     assert closeness.pair("1:0.5") == (1.0, 0.5)

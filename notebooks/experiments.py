@@ -25,6 +25,8 @@ leak      Hann windows that look further ahead, the same cut off, and a longer a
 streams   the mel without tokens; the mel of what 1, 2 and 4 codebooks decode to; instead of a mel, all eight codes as
           embeddings, or the codec's own vectors: of the recording before quantisation, of one code, of all eight; both
           the mel of eight codebooks and all eight codes as embeddings
+frames    for the NLL of whole frames: as `nano`, but instead of the mel reading all eight codes as embeddings, as Moshi
+          does (`nano-codes8`), or as the sum of the codec's vectors, as RQ-Transformer can (`nano-latents8`)
 delay     `coarse` and `coarse-heard`, with the mel one frame and three frames later than it could be: how much of the
           gain is in the very latest sound?
 fuse      branches added instead of concatenated, and mel branches of 0, 2 and 4 blocks, all of `coarse`'s size; that of
@@ -40,8 +42,8 @@ longer    `nano` with noise, without, and `nano-gpt`, for 600 steps
 shipped   three hours of audio, 1,200 steps: `nano` with noise and without, and `nano-gpt`
 robust    as `nano` in shipped, but with twice the noise; given the recording's mel in half of the crops; given that of
           the coarse code alone in half, without and with noise. One seed, to be sampled from
-codes8    as `nano-gpt` and as `nano` in shipped, but reading all eight codes of a frame, as RQ-Transformer and Moshi
-          do: instead of the mel, and beside it
+codes8    as `nano-gpt` and as `nano` in shipped, but reading all eight codes of a frame as embeddings: instead of the
+          mel, and beside it
 own       as `nano` in shipped, but given the mel of its own finer codes in half of the crops. (The models in assets/
           are from shipped and own: on speech `nano-own`, on music `nano`, and `nano-gpt`)
 recorded  as `nano` in shipped, but trained on the mel of recordings: what it generates shows what the gap costs. One
@@ -116,6 +118,7 @@ EXPERIMENTS = {
                 **{f"coarse-heard{k}": [*COARSE, "--mel-codebooks", str(k)] for k in (1, 2, 4)},
                 "coarse-codes8": [*GPT, *CODES8], "coarse-both8": [*HEARD, *CODES8],
                 **{f"coarse-latents{k}": [*COARSE, "--mel-codebooks", str(k), "--latents"] for k in (0, 1, 8)}},
+    "frames": {"nano-codes8": [*NANO_GPT, *CODES8], "nano-latents8": [*NANO, "--latents"]},
     "delay": {f"{name}-delay{n}": [*TRIO[name], "--set", f"mel_delay={n}"]
               for n in (1, 3) for name in ("coarse", "coarse-heard")},
     "fuse": {"coarse-add": [*COARSE, "--set", "fuse=add", "n_inner=528"],
@@ -157,8 +160,8 @@ EXPERIMENTS = {
               **{f"{name}-late-steps1200": ["--model", name, *SCALE, "--codec", REFITTED["late"]]
                  for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
-SEVERAL_SEEDS = ("gap", "window", "streams", "delay", "mix", "twice", "dropout", "longer", "shipped", "codes8", "own",
-                 "double", "short", "codec", "decoder", "paper", "scale")
+SEVERAL_SEEDS = ("gap", "window", "streams", "frames", "delay", "mix", "twice", "dropout", "longer", "shipped",
+                 "codes8", "own", "double", "short", "codec", "decoder", "paper", "scale")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -365,7 +368,7 @@ def choose_rates(questions, dataset, device, pool):
     tried = [(model, lr) for lr in PAPER_RATES for question in ("paper", "scale") if question in questions
              for model in EXPERIMENTS[question] if "-heard" not in model and "-late" not in model]
     small = ["coarse", "coarse-gpt"] if {*questions} - {"paper", "scale"} else []
-    if {*questions} & {"streams", "codes8", "double"}:        # other inputs
+    if {*questions} & {"streams", "frames", "codes8", "double"}:        # other inputs
         small += ["coarse-codes8", "coarse-both8"]
     tried += [(model, lr) for lr in LEARNING_RATES for model in small]
     found = list(pool.map(lambda pair: run(dataset, *pair, 0, device)["best"]["val_nll"], tried))

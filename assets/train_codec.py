@@ -403,13 +403,6 @@ def backward(model, frozen, wave, counts, phase, envelope, norms, discriminator=
     return losses, out
 
 
-def export(model, path):
-    """Write the weights that inference needs, in fp16, and print the SHA-256 that tokens.py checks."""
-    weights = {k: v.half().cpu() for k, v in model.state_dict().items() if not k.endswith(TRAINING_ONLY)}
-    save(path, {"config": SHAPE, "weights": weights})
-    print(f'wrote {path}, MINI_SHA256 = "{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"')
-
-
 def parse_arguments():
     parser = argparse.ArgumentParser(usage="%(prog)s [options]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -521,7 +514,9 @@ def main():
         if phase > 2 and (step + 1) % 1000 == 0 or step + 1 == args.steps:
             for name, waves in zip(args.data, held_out):
                 print(name, *measure(average, waves), flush=True)
-    export(average, args.out)
+    weights = {k: v.half().cpu() for k, v in average.state_dict().items() if not k.endswith(TRAINING_ONLY)}
+    save(args.out, {"config": SHAPE, "weights": weights})
+    print(f'wrote {args.out}, MINI_SHA256 = "{hashlib.sha256(Path(args.out).read_bytes()).hexdigest()}"')
     last.unlink(missing_ok=True)                              # nothing is left to continue
 
 

@@ -103,7 +103,7 @@ def read_blocks(path, n, ahead=0):
     yield rest
 
 
-def encode_files(paths, problems, codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
+def encode_files(paths, problems, codec, mel_codebooks, latents, lookahead, window):
     """Encode files side by side, block by block. Yields, for each block of each paths[i],
 
         (i, codes (t, K) uint16, mel (t, 80) float16)
@@ -214,7 +214,7 @@ def split_clips(names, dataset=None):
     return [h < threshold for h in hashes]
 
 
-def check_mel(codec, mel_codebooks=0, latents=False, lookahead=0, window=WINDOW):
+def check_mel(codec, mel_codebooks, latents, lookahead, window):
     """Raise DataError if this mel cannot be made: options as in `encode_files`."""
     if not 0 <= mel_codebooks <= codec.n_codebooks:
         raise DataError(f"codec {codec.name} has {codec.n_codebooks} codebooks: the mel can be of 0 (the original) to "

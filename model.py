@@ -146,8 +146,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, mask=None, cache=None):
         B, T, C = x.shape
-        qk, (v,) = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).split((2, 1))
-        q, k = rotate(qk, rotary)                             # (B, H, T, D) each, as v
+        q, k, v = self.qkv(x).view(B, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)         # (B, H, T, D) each
+        q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(self, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and cache is None)

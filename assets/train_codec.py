@@ -514,6 +514,7 @@ def main():
         if phase > 2 and (step + 1) % 1000 == 0 or step + 1 == args.steps:
             for name, waves in zip(args.data, held_out):
                 print(name, *measure(average, waves), flush=True)
+    # what inference needs, in fp16; tokens.py checks the SHA-256
     weights = {k: v.half().cpu() for k, v in average.state_dict().items() if not k.endswith(TRAINING_ONLY)}
     save(args.out, {"config": SHAPE, "weights": weights})
     print(f'wrote {args.out}, MINI_SHA256 = "{hashlib.sha256(Path(args.out).read_bytes()).hexdigest()}"')

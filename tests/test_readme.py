@@ -86,6 +86,20 @@ def test_the_table_of_what_more_audio_brings_shows_what_was_measured(dataset):
         assert f"| {dataset}: {name} | {' | '.join(cells)} |" in RESULTS
 
 
+@pytest.mark.parametrize("dataset", ["speech", "music"])
+def test_the_table_of_whole_frames_shows_what_was_measured(dataset):
+    for what, name in (("tokens only", "nano-gpt"), ("the mel that the codes decode to", "nano"),
+                       ("the codes as embeddings", "nano-codes8")):
+        cells = []
+        for place, steps in ((dataset, ""), (f"large-{dataset}", "-steps1200"), (f"larger-{dataset}", "-steps2400")):
+            tried = [[experiments.read(file) for file in experiments.RESULTS.glob(f"{place}-{name}{steps}-lr{lr}-*")]
+                     for lr in ("6e-3", "1.2e-2")]
+            seeds = max(map(len, tried))
+            nll = min(experiments.frame_nll(runs) for runs in tried if len(runs) == seeds)
+            cells.append(f"{nll:.2f}" + " (one)" * (seeds == 1))
+        assert f"| {dataset}: {what} | {' | '.join(cells)} |" in RESULTS
+
+
 @pytest.mark.parametrize("what, music, speech", [
     ("`nano-gpt`, tokens only", "nano-gpt-steps1200-lr6e-3", "nano-gpt-steps1200-lr1.2e-2"),
     ("`nano`, trained on the mel of recordings", *["nano-recorded-steps1200-lr1.2e-2"] * 2),

@@ -368,7 +368,7 @@ def choose_rates(questions, dataset, device, pool):
     tried = [(model, lr) for lr in PAPER_RATES for question in ("paper", "scale") if question in questions
              for model in EXPERIMENTS[question] if "-heard" not in model and "-late" not in model]
     small = ["coarse", "coarse-gpt"] if {*questions} - {"paper", "scale"} else []
-    if {*questions} & {"streams", "frames", "codes8", "double"}:        # other inputs
+    if {*questions} & {"streams", "frames", "codes8", "double"}:  # other inputs
         small += ["coarse-codes8", "coarse-both8"]
     tried += [(model, lr) for lr in LEARNING_RATES for model in small]
     found = list(pool.map(lambda pair: run(dataset, *pair, 0, device)["best"]["val_nll"], tried))

@@ -227,7 +227,7 @@ def unpack(path, archive, home):
         with tqdm(desc=f"unpacking {path.name}", unit=" files") as bar:
             for name, is_file, content in _members(path):
                 name = PurePosixPath(name)
-                if name.is_absolute() or ".." in name.parts or "\\" in str(name) or not is_file:
+                if name.is_absolute() or ".." in name.parts or set("\\:") & set(str(name)) or not is_file:
                     raise DataError(f"{path} holds {name}, a link or a path that leads out of it: not unpacked")
                 if name.is_relative_to(wanted):
                     place = staging / name.relative_to(wanted)

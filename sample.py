@@ -199,7 +199,7 @@ def main():
             os.replace(part, name)
     print(f"{'standard output' if live else ', '.join(map(str, names))}: {seconds:.2f} s"
           + (f", the first {prompt.shape[-1] / FRAME_RATE:.2f} s of it the prompt" if args.prompt else "")
-          + f" ({pace:.2f} x real time)", file=sys.stderr if live else sys.stdout)
+          + f" ({pace:.2f} x real time)", file=sys.stderr if live else sys.stdout, flush=True)
 
 
 if __name__ == "__main__":

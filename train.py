@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -195,8 +196,9 @@ def parse_arguments():
     add("--eval-every", type=int, default=100, help="steps between evaluations (default: %(default)s)")
     add = parser.add_argument_group("where to run").add_argument
     add("--device", help="cuda, mps or cpu (default: the first available)")
-    add("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: bfloat16 on cuda)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda only)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: bfloat16 on cuda, if the "
+        "GPU has it)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda, if Triton is there)")
     add = parser.add_argument_group("files").add_argument
     add("--out", default="out.pt", help="checkpoint; its .last.pt and .jsonl go beside it (default: %(default)s)")
     add("--resume", action="store_true", help="continue the run of --out, with the options it was started with")
@@ -235,14 +237,17 @@ def parse_arguments():
 
 
 def out_of_memory(error):
-    """Does this exception mean that? For the CPU torch has no error of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Does this exception mean that? Off CUDA torch has no error of its own (the last two: Windows and MPS)."""
+    said = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
 def choose_device(name):
     """A torch.device by name, or the best there is; under torchrun each process gets a GPU of its own."""
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps                              # before macOS 15.1 its convolutions refuse long clips
+        usable = mps.is_available() and mps.is_macos_or_newer(15, 1)
+        name = "cuda" if torch.cuda.is_available() else "mps" if usable else "cpu"
     if name == "cuda" and WORLD > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -415,7 +420,7 @@ def say(text):
         print(text, flush=True)
     except OSError:
         sys.stdout = sys.stderr
-        stop_soon(signal.SIGHUP)
+        stop_soon(getattr(signal, "SIGHUP", 1))               # Windows has none
         with contextlib.suppress(OSError):                    # standard error may be gone, too
             print(text, flush=True)
 
@@ -428,7 +433,8 @@ def move(x, device):
 def main():
     args = parse_arguments()
     device = choose_device(args.device)
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.dtype = args.dtype or ("bfloat16" if has_bfloat16 else "float32")
     if not MASTER:
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     if args.eval is not None:
@@ -479,7 +485,9 @@ def main():
             last.unlink(missing_ok=True)                      # --overwrite: the old run must not be resumed
     if MASTER:
         log.truncate(min(log.tell(), log_size))               # --resume repeats the steps that were logged after that
-    compiled = device.type == "cuda" if args.compile is None else args.compile
+    compiled = args.compile
+    if compiled is None:                                      # PyTorch for Windows comes without Triton
+        compiled = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     wrapped = torch.compile(model) if compiled else model
     if WORLD > 1:
         wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)

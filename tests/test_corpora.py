@@ -367,7 +367,7 @@ def link(name, target, kind=tarfile.SYMTYPE):
 
 @pytest.mark.parametrize("member", [
     {"../evil.flac": b"x"}, {"/tmp/evil.flac": b"x"}, {"LibriSpeech/dev-clean/../../../evil.flac": b"x"},
-    {"LibriSpeech/dev-clean/..\\..\\evil.flac": b"x"},
+    {"LibriSpeech/dev-clean/..\\..\\evil.flac": b"x"}, {"LibriSpeech/dev-clean/C:/evil.flac": b"x"},
     {"LibriSpeech/dev-clean/l": link("LibriSpeech/dev-clean/l", "/etc/passwd")},
     {"LibriSpeech/dev-clean/h": link("LibriSpeech/dev-clean/h", "../../../etc/passwd", tarfile.LNKTYPE)},
     {"LibriSpeech/dev-clean/fifo": link("LibriSpeech/dev-clean/fifo", "", tarfile.FIFOTYPE)}])

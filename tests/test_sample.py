@@ -202,6 +202,16 @@ def test_the_stream_begins_long_before_it_ends_and_a_listener_may_leave(ckpt, tm
     assert process.wait(timeout=60) == 0 and b"Traceback" not in process.stderr.read()
 
 
+def test_a_file_is_written_even_if_nobody_reads_what_is_said_of_it(ckpt, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, SCRIPT, "--ckpt", ckpt, "--seconds", "0.4", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE,
+                          env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"})
+    os.close(writer)
+    assert done.returncode == 0 and not done.stderr and (tmp_path / "sample.wav").exists()
+
+
 def test_an_interrupted_run_leaves_what_was_there(run, tmp_path):
     (tmp_path / "sample.wav").write_bytes(b"dear")
     with mock.patch.object(HybridGPT, "finer_logits", side_effect=KeyboardInterrupt):
@@ -243,7 +253,9 @@ def test_an_error_in_the_very_last_write_is_noticed(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("MPS backend out of memory (MPS allocated"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")])
 def test_too_little_memory_is_one_clear_line(run, tmp_path, error):
     with mock.patch.object(HybridGPT, "backbone", side_effect=error):
         assert_refused(run(), "out of memory", "--num")

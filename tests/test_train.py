@@ -749,6 +749,15 @@ def test_a_terminal_that_fails_before_its_signal_comes_costs_nothing_either(run,
     assert run(tmp_path, "--resume", small=False).code == 0
 
 
+def test_windows_has_no_such_signal(monkeypatch):
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.setattr(train, "stopped_by", [])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", open(os.devnull))      # cannot be written to
+    train.say("not to be seen")
+    assert len(train.stopped_by) == 1
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_preparing_ends_the_run_without_a_word(command, own_clips, tmp_path, number, code):
     shutil.rmtree(own_clips)
@@ -952,6 +961,15 @@ def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert train.choose_device("cuda") == torch.device("cuda:1") and chosen == ["cuda:1", "cuda:1"]
     assert train.choose_device("cpu") == torch.device("cpu") and chosen[2:] == ["cpu"]
+
+
+@pytest.mark.parametrize("newer, expected", [(True, "mps"), (False, "cpu")])
+def test_an_old_macos_trains_on_its_cpu(monkeypatch, newer, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: newer and version == (15, 1))
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: torch.zeros(*shape))
+    assert train.choose_device(None) == torch.device(expected)
 
 
 @pytest.mark.parametrize("names, expected", [(["RANK"], (0, 1)), (["WORLD_SIZE"], (0, 1)),

@@ -217,7 +217,8 @@ def _is_right(path, archive):
 def unpack(path, archive, home):
     """Unpack the folder `archive.folder` of a tar or zip file into the folder `home`: all of it, or nothing.
 
-    Raises DataError for a damaged archive and for a member that is a link or a device, or leads out of the archive.
+    Raises DataError for a damaged archive and for a member that is a link or a device, or leads out of the archive (as
+    C: would on Windows).
     """
     target, wanted = home / archive.folder, PurePosixPath(archive.folder)
     # on the disk where it will stay: target.parent may be a link to another one

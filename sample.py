@@ -128,7 +128,7 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--codec", help="codec to decode with (default: the one the checkpoint names)")
     add("--codec-dir", help="folder with EnCodec's weights")
-    add("--device", help="default: the first available of cuda, mps and cpu")
+    add("--device", help="default: the first usable of cuda, mps (from macOS 15.1 on) and cpu")
     add("--out", default="sample.wav", help=".wav or .flac file, replaced only once all is generated; with --num 3: "
         "sample-1.wav, sample-2.wav, sample-3.wav; -: raw 16-bit PCM, mono, 24 kHz, to standard output while it is "
         "generated (default: %(default)s)")
@@ -221,5 +221,5 @@ if __name__ == "__main__":
             raise
         # at exit Python flushes stdout once more: into nothing, or that would fail, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        # EPIPE: whoever read --out - has closed the pipe
+        # EPIPE: whoever read standard output has closed the pipe
         sys.exit(0 if error.errno == errno.EPIPE else "error: no space left where --out goes")

@@ -195,7 +195,7 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="of the weights, the batches and dropout (default: %(default)s)")
     add("--eval-every", type=int, default=100, help="steps between evaluations (default: %(default)s)")
     add = parser.add_argument_group("where to run").add_argument
-    add("--device", help="cuda, mps or cpu (default: the first available)")
+    add("--device", help="cuda, mps or cpu (default: the first usable; mps from macOS 15.1 on)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the matrix products (default: bfloat16 on cuda, if the "
         "GPU has it)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on cuda, if Triton is there)")
@@ -243,7 +243,7 @@ def out_of_memory(error):
 
 
 def choose_device(name):
-    """A torch.device by name, or the best there is; under torchrun each process gets a GPU of its own."""
+    """A torch.device by name, or the best that is usable; under torchrun each process gets a GPU of its own."""
     if name is None:
         mps = torch.backends.mps                              # before macOS 15.1 its convolutions refuse long clips
         usable = mps.is_available() and mps.is_macos_or_newer(15, 1)

@@ -254,7 +254,7 @@ def test_an_error_in_the_very_last_write_is_noticed(run, tmp_path):
 
 
 @pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("MPS backend out of memory (MPS allocated"),
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("MPS backend out of memory …"),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")])
 def test_too_little_memory_is_one_clear_line(run, tmp_path, error):
     with mock.patch.object(HybridGPT, "backbone", side_effect=error):

@@ -86,8 +86,9 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
 
 
 @torch.no_grad()
-def own_details(model, codec, codes, mel, targets):
-    """A batch's mel (B, T, 80), decoded from the right coarse codes and from finer ones that the model draws itself.
+def own_details(model, codec, codes, mel, targets, latents=False):
+    """A batch's mel (B, T, 80), decoded from the right coarse codes and from finer ones that the model draws itself; with
+    latents the vectors (B, T, C) of those codes.
 
     That is close to what it hears when it samples; the target is still the right next code. It is scheduled sampling
     (Bengio et al., 1506.03099), but in one extra pass, as for Transformers in 1906.07651, at a fixed rate and of the
@@ -99,8 +100,9 @@ def own_details(model, codec, codes, mel, targets):
     draw = lambda logits: torch.multinomial(logits.nan_to_num().softmax(-1), 1)[:, 0]         # `main` reports a NaN
     own = torch.cat([model.draw_finer(*part, draw) for part in zip(x.split(MOST_FRAMES), coarse.split(MOST_FRAMES))])
     model.train()
-    wave = codec.decode(own.unflatten(0, mel.shape[:2]).mT)                       # (B, T * 320)
-    return torch.cat([mel[:, :1], log_mel(wave)[:, :-1]], dim=1)                  # position p is shown frame p - 1
+    own = own.unflatten(0, mel.shape[:2]).mT                                      # (B, K, T)
+    heard = codec.dequantize(own).mT if latents else log_mel(codec.decode(own))
+    return torch.cat([mel[:, :1], heard[:, :-1]], dim=1)                          # position p is shown frame p - 1
 
 
 def get_batch(data, others, args, n_codebooks, step):
@@ -163,11 +165,11 @@ def parse_arguments():
         "as in sampling; 0: of the original audio (default: as many as the model predicts, but 0 if it predicts one)")
     add("--mix", type=int, metavar="K", help="in training use --mel-codebooks K in every other crop, to measure "
         "whether it helps to know both (default: off)")
+    add("--latents", action="store_true", help="use the codec's own vectors instead of the mel: the decoder's input "
+        "for K codebooks or, with --mel-codebooks 0, the encoder's output before it is quantised")
     add("--own-details", action="store_true", help="in training show every other crop the mel decoded from the right "
         "coarse codes and finer ones that the model draws itself; on a CPU a step takes three to five times as long")
     add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
-    add("--latents", action="store_true", help="use the codec's own vectors instead of the mel: the decoder's input "
-        "for K codebooks or, with --mel-codebooks 0, the encoder's output before it is quantised")
     add("--window", type=int, nargs=2, default=list(WINDOW), metavar=("RISE", "FALL"), help="shape of the mel's "
         "window, in samples; 512 512 is a Hann window of 1024 (default: %(default)s)")
     add("--lookahead", type=int, default=0, metavar="N", help="with --mel-codebooks 0, let the window end N samples "
@@ -344,8 +346,6 @@ def cannot_be_sampled(config, shown):
     if config.use_mel and (shown["lookahead"] or tuple(shown["window"]) != WINDOW):
         return (f"was trained on the mel of --lookahead {shown['lookahead']} --window "
                 f"{' '.join(map(str, shown['window']))}")
-    if config.use_mel and shown["latents"]:
-        return "was trained on --latents, not on a mel"
     if config.use_mel and config.mel_delay:
         return f"was trained on a mel that is {config.mel_delay} frames late"
 
@@ -369,7 +369,7 @@ def check_options(args, config):
                              or not 1 < config.n_codebooks == args.mel_codebooks
                              or cannot_be_sampled(config, vars(args))):
         sys.exit("error: --own-details needs a hybrid that reads one codebook, predicts several and is shown the mel "
-                 "of just as many, without --mix, --latents, --lookahead, --window or mel_delay")
+                 "of just as many, without --mix, --lookahead, --window or mel_delay")
 
 
 def configure_optimizer(model, args):
@@ -576,7 +576,7 @@ def main():
             codes, mel, targets = (move(x, device) for x in part)
             if args.own_details and len(mel) > step % 2:      # a part of one row: at even steps only
                 some = slice(step % 2, None, 2)
-                mel[some] = own_details(model, codec, codes[some], mel[some], targets[some]).type_as(mel)
+                mel[some] = own_details(model, codec, codes[some], mel[some], targets[some], args.latents)
             with autocast:
                 _, losses = wrapped(codes, mel, targets, depth_frames=move(depth_frames, device))         # (K,)
             loss = total_loss(losses, count_targets(part[2], depth_frames) / n_targets.clamp(min=1))

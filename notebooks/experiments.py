@@ -46,7 +46,8 @@ codes8    as `nano-gpt` and as `nano` in shipped, but reading all eight codes of
           mel, and beside it
 own       as `nano` in shipped, but given the mel of its own finer codes in half of the crops. (The models in assets/
           are from shipped and own: on speech `nano-own`, on music `nano`, and `nano-gpt`)
-details   as `nano`, given its own finer codes in the same way
+details   as `nano` and as `nano-latents8` in frames, given their own finer codes in the same way
+vectors   as `nano` in shipped, but reading the sum of the codec's vectors instead of the mel
 recorded  as `nano` in shipped, but trained on the mel of recordings: what it generates shows what the gap costs. One
           seed
 double    `nano`, `nano-gpt` and `nano-codes8` for 2,400 steps, on six hours of audio (`--lr 6e-3`: chosen after 300
@@ -142,7 +143,8 @@ EXPERIMENTS = {
     "codes8": {"nano-codes8-steps1200": [*NANO_GPT, *STEPS[1200], *CODES8],
                "nano-both8-steps1200": [*NANO, *STEPS[1200], *CODES8]},
     "own": {"nano-own-steps1200": [*NANO, *STEPS[1200], "--own-details"]},
-    "details": {"nano-own": [*NANO, "--own-details"]},
+    "details": {"nano-own": [*NANO, "--own-details"], "nano-own-latents8": [*NANO, "--own-details", "--latents"]},
+    "vectors": {"nano-latents8-steps1200": [*NANO, *STEPS[1200], "--latents"]},
     "recorded": {"nano-recorded-steps1200": [*NANO, *STEPS[1200], "--mel-codebooks", "0"]},
     "double": {"nano-steps2400": [*NANO, *STEPS[2400]], "nano-gpt-steps2400": [*NANO_GPT, *STEPS[2400]],
                "nano-codes8-steps2400": [*NANO_GPT, *STEPS[2400], *CODES8]},
@@ -163,7 +165,7 @@ EXPERIMENTS = {
                  for name in ("hybrid", "gpt-m")}}}
 MODELS = {model: options for models in EXPERIMENTS.values() for model, options in models.items()}
 SEVERAL_SEEDS = ("gap", "window", "streams", "frames", "delay", "mix", "twice", "dropout", "longer", "shipped",
-                 "codes8", "own", "details", "double", "short", "codec", "decoder", "paper", "scale")
+                 "codes8", "own", "details", "vectors", "double", "short", "codec", "decoder", "paper", "scale")
 LEARNING_RATES = ("3e-3", "6e-3", "1.2e-2", "2.4e-2")
 PAPER_RATES = ("1.5e-3", "3e-3", "6e-3")
 TRAIN = [sys.executable, str(ROOT / "train.py")]

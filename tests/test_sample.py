@@ -24,7 +24,7 @@ import sample
 from bench_sample import recompute
 from conftest import assert_refused, closed, ending, noise, run_script, spy, wait_for
 from mel import HOP, StreamingLogMel, log_mel
-from model import Config, HybridGPT, save, to_checkpoint
+from model import START, Config, HybridGPT, save, to_checkpoint
 from sample import draw, generate
 from tokens import StreamDecoder, load_codec
 
@@ -115,6 +115,19 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, fie
         again = recompute(model, tiny_codec, again, generator)
     assert torch.equal(again, codes)
     assert codes[..., n_prompt:].unique().numel() > 40        # not one code for ever
+
+
+def test_a_model_of_latents_hears_the_vectors_of_the_codes_it_draws(tiny_codec):
+    torch.manual_seed(0)
+    model = HybridGPT(Config(n_layer=1, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, n_codebooks=3,
+                             n_depth_embd=32, n_mels=tiny_codec.vectors.shape[-1])).eval()
+    model.set_mel_statistics(torch.zeros(model.config.n_mels), tiny_codec.vectors[0].T.cov())
+    codes = torch.cat([frame for frame, _ in generate(model, tiny_codec, 40, temperature=0, latents=True)], dim=-1)
+    inputs = torch.cat([torch.full((1, 3, 1), START), codes[..., :-1]], dim=-1)
+    vectors = sum(tiny_codec.vectors[k, codes[:, k, :-1]] for k in range(3))          # (1, 39, C)
+    likeliest = lambda heard: model(inputs, torch.cat([torch.zeros_like(heard[:, :1]), heard], dim=1))[0].argmax(-1)
+    assert torch.equal(likeliest(vectors), codes[:, 0])
+    assert not torch.equal(likeliest(torch.zeros_like(vectors)), codes[:, 0])
 
 
 @pytest.mark.parametrize("finer, expected", [(None, 0.9), (0.7, 0.7), (0.0, 0.0)])
@@ -402,7 +415,6 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_line(run, ckpt, tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (lambda c: c.update(lookahead=192), ["--lookahead 192", "not sampled"]),
-    (lambda c: c.update(latents=True), ["--latents", "not sampled"]),
     (lambda c: (c.update(lookahead=192), c["config"].update(use_mel=False, use_codes=True)), []),
     (lambda c: c.update(window=[512, 512]), ["--window 512 512", "not sampled"]),
     (lambda c: c["config"].update(mel_delay=2, use_mel=True), ["2 frames late", "not sampled"]),

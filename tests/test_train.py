@@ -140,7 +140,7 @@ def test_a_checkpoint_holds_the_mel_statistics_of_the_training_frames(trained, r
     assert not torch.equal(model.mel_whitening, torch.eye(80))
 
 
-def test_a_model_of_latents_has_their_statistics_and_can_be_scored(run, tiny_codec, tmp_path):
+def test_a_model_of_latents_has_their_statistics_and_can_be_scored_and_sampled(run, tiny_codec, tmp_path):
     done = run(tmp_path, "--n-codebooks", 1, "--mel-codebooks", 3, "--latents")
     assert done.code == 0, done.err
     model, checkpoint = load_checkpoint(tmp_path / "out.pt")
@@ -150,6 +150,8 @@ def test_a_model_of_latents_has_their_statistics_and_can_be_scored(run, tiny_cod
     torch.testing.assert_close(model.mel_mean, mean, atol=1e-3, rtol=1e-3)                # float16 in the cache
     scored = json.loads(run(tmp_path, "--eval", "out.pt", "--batch-size", 2, "--device", "cpu", small=False).out)
     assert scored["val_nll"] == evaluations(tmp_path / "out.jsonl")[-1]["val_nll"]
+    loaded, codec, checkpoint = sample.load(tmp_path / "out.pt")
+    assert len(list(sample.generate(loaded, codec, 3, latents=checkpoint["latents"]))) == 3
 
 
 def test_a_checkpoint_from_before_latents_were_an_option_is_as_good(run, trained, tmp_path):
@@ -336,6 +338,22 @@ def test_own_details_are_the_mel_of_the_right_coarse_codes_and_of_finer_ones_dra
         drawn.append(train.own_details(model, codec, codes, mel, targets))
     one, same, other = drawn
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_own_details_of_a_model_of_latents_are_the_vectors_of_what_it_draws(run, tmp_path):
+    with spy(HybridGPT, "draw_finer") as draws:
+        assert run(tmp_path, "--latents", "--own-details", "--steps", 1).code == 0
+    assert draws.called
+    model, checkpoint = load_checkpoint(tmp_path / "out.pt")
+    codec = load_codec(checkpoint["codec"])
+    codes, mel, targets = data.Dataset(run.cache / checkpoint["data_key"]).batch(0, 0, 2, 32)
+    next_ones = lambda self, x, coarse, draw: (coarse[:, None] + torch.arange(8)) % 1024                   # (n, 8)
+    with mock.patch.object(HybridGPT, "draw_finer", next_ones):
+        own = train.own_details(model, codec, codes, mel, targets, latents=True)
+    drawn = next_ones(None, None, targets[:, 0].clamp(min=0).flatten(), None)
+    vectors = sum(codec.vectors[k, drawn[:, k]] for k in range(8)).unflatten(0, mel.shape[:2])
+    torch.testing.assert_close(own[:, 1:], vectors[:, :-1])
+    assert torch.equal(own[:, 0].half(), mel[:, 0])
 
 
 def test_every_other_crop_is_shown_its_own_details(run, tmp_path):
@@ -1124,7 +1142,7 @@ def test_a_command_that_failed_can_be_corrected_and_run_again(run, tmp_path):
     (["--set", "n_input_codebooks=9"], ["8 codebooks", "n_input_codebooks"]),
     (["--lookahead", 192], ["lookahead", "--mel-codebooks 0"]),
     *[(["--own-details", *more], ["--own-details"]) for more in (
-        ["--n-codebooks", 1], ["--mel-codebooks", 0], ["--mix", 0], ["--latents"], ["--window", 512, 512],
+        ["--n-codebooks", 1], ["--mel-codebooks", 0], ["--mix", 0], ["--window", 512, 512],
         ["--model", "nano-gpt"], ["--mel-codebooks", 0, "--lookahead", 9], ["--n-codebooks", 1, "--mel-codebooks", 1],
         ["--set", "n_input_codebooks=8"], ["--set", "mel_delay=1"])],
     (["--model", "nano-gpt", "--mix", 0], ["--mix", "token-only"]),

@@ -177,7 +177,7 @@ def twin(model):
 
     nano-noise-steps600 -> nano-gpt-steps600, coarse-both8 -> coarse-gpt, coarse-late-cut192 -> coarse-gpt-late"""
     kind = model.split("-")[0]                                # coarse or nano
-    name = re.sub(r"-(heard|noise|mix|own|recorded|codes|both)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
+    name = re.sub(r"-(heard|noise|mix|own|recorded|codes|both|latents)\d*", "", model).replace(kind, f"{kind}-gpt", 1)
     return name if name in MODELS else f"{kind}-gpt" + "-late" * ("-late-" in model)
 
 

@@ -57,7 +57,8 @@ class Config:
     fuse: str = "concat"             # how the branches meet: "concat", as in the paper, or "add"
     n_mel_layer: int = 1             # light causal blocks over the mel frames
     n_mel_embd: int = 128            # their width; a multiple of n_embd // n_head
-    n_mels: int = 80                 # numbers per frame that the mel branch is shown; train.py sets it
+    n_mels: int = 80                 # numbers per frame that the mel branch is shown; train.py sets this and the next
+    latents: bool = False            # they are no mel, but the codec's own vectors
     mel_noise: float = 0.0           # standard deviation of the noise added to the whitened mel in training
     mel_delay: int = 0               # frames by which the mel comes too late, to measure what the latest are worth
     n_codebooks: int = 1             # K: codes predicted for each frame, coarse first
@@ -415,9 +416,9 @@ def load_checkpoint(path, device="cpu"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise CheckpointError(f"{path} is of format {checkpoint['format']}, and this is {FORMAT}: train it anew")
-        model = HybridGPT(Config(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
         checkpoint.setdefault("latents", False)               # the first files of this format do not name that option
+        model = HybridGPT(Config(**{"latents": checkpoint["latents"], **checkpoint["config"]}))
+        model.load_state_dict(checkpoint["model"])
     except CheckpointError:
         raise
     except FileNotFoundError as error:

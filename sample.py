@@ -15,7 +15,8 @@ fix the exact shape of the wave; a lower --finer-temperature makes it smoother. 
 assets/ comes closer to the corpus, but music strays farther, most of all that of a hybrid, which hears what it draws
 and was trained on codes as varied as a recording's (notebook 06).
 
-A model trained with --latents hears no mel, but the vectors that the codes stand for.
+A model trained with --latents hears no mel, but the vectors that the codes stand for; on speech its finer codes, too,
+are best drawn at 0.7 or 0.8.
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
 the cost of a frame stops growing once the context is full.
@@ -77,14 +78,12 @@ def draw(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 @torch.inference_mode()
-def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_temperature=None, latents=False,
-             **how):
+def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_temperature=None, **how):
     """Yield (codes (B, K, 1), wave (B, 320)) frame by frame: the prompt as the codec decodes it, then `n_frames` new.
 
     model: a `HybridGPT` of K codebooks in eval mode; codec: the `Codec` it was trained with; num: B, how many at once
     prompt: codes (1, K or more, P) or None; temperature: of the coarse code; finer_temperature: of the finer codes
-        (None: the same); latents: whether the model was trained on these; how: top_k, top_p and generator, for every
-        `draw`
+        (None: the same); how: top_k, top_p and generator, for every `draw`
     The prompt and its continuation run through one codec state, so there is no seam between them; the prompt, too, goes
     frame by frame, so that there is one loop. Yields inference tensors: clone them before training on them.
     """
@@ -104,7 +103,8 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
             codes = model.draw_finer(x, coarse, lambda logits: draw(logits, finer_temperature, **how))[:, :, None]
         drawn = codes.to(codec.device)
         wave = decoder.push(drawn)                            # (B, 320)
-        mel = (codec.dequantize(drawn).mT if latents else spectrogram.push(wave)).to(device)          # (B, 1, n_mels)
+        mel = codec.dequantize(drawn).mT if model.config.latents else spectrogram.push(wave)          # (B, 1, n_mels)
+        mel = mel.to(device)
         yield codes, wave
 
 
@@ -161,9 +161,10 @@ def main():
     model, codec, checkpoint = load(args.ckpt, choose_device(args.device), args.codec, args.codec_dir)
     trained_on, hears = checkpoint["mel_codebooks"], model.config.n_codebooks         # the mel of that many codebooks
     if model.config.use_mel and hears not in (trained_on, checkpoint.get("mix")):
-        kind = "vector" if checkpoint["latents"] else "mel"
-        print(f"note: {args.ckpt} learnt from the {kind} of {f'{trained_on} codebooks' if trained_on else 'recordings'} "
-              f"and hears that of the {hears} it predicts: expect less of it than its NLL says", file=sys.stderr)
+        kind = "latents" if model.config.latents else "mel"
+        of = f"{trained_on} codebooks" if trained_on else "recordings"
+        print(f"note: {args.ckpt} learnt from the {kind} of {of} and hears that of the {hears} it predicts: expect "
+              "less of it than its NLL says", file=sys.stderr)
     prompt = None
     if args.prompt is not None:
         wave = torch.from_numpy(np.concatenate(list(read_audio(args.prompt))))
@@ -177,7 +178,7 @@ def main():
     if args.num == 1 and codec.device.type == "cpu":
         torch.set_num_threads(1)                              # one frame is too little work for several threads
     frames = generate(model, codec, round(args.seconds * FRAME_RATE), args.num, prompt, args.temperature,
-                      args.finer_temperature, checkpoint["latents"], top_k=args.top_k, top_p=args.top_p,
+                      args.finer_temperature, top_k=args.top_k, top_p=args.top_p,
                       generator=torch.Generator().manual_seed(args.seed))
     parts = [] if live else [name.with_name(f".{os.getpid()}-{i}.part{name.suffix}") for i, name in enumerate(names)]
     start = time.perf_counter()

@@ -86,14 +86,14 @@ def evaluate(model, data, batch_size=32, autocast=contextlib.nullcontext()):
 
 
 @torch.no_grad()
-def own_details(model, codec, codes, mel, targets, latents=False):
-    """A batch's mel (B, T, 80), decoded from the right coarse codes and from finer ones that the model draws itself; with
-    latents the vectors (B, T, C) of those codes.
+def own_details(model, codec, codes, mel, targets):
+    """A batch's mel (B, T, 80), decoded from the right coarse codes and from finer ones that the model draws itself;
+    for a model of latents the sum of their vectors, (B, T, C).
 
     That is close to what it hears when it samples; the target is still the right next code. It is scheduled sampling
     (Bengio et al., 1506.03099), but in one extra pass, as for Transformers in 1906.07651, at a fixed rate and of the
-    finer codes alone. Two differences remain: while drawing, the model has heard the right finer codes, and each crop
-    is decoded without its past.
+    finer codes alone. Two differences remain: while drawing, the model has heard the right finer codes, and for a mel
+    each crop is decoded without its past.
     """
     model.eval()                                                                  # no dropout, no mel_noise
     x, coarse = model.backbone(codes, mel).flatten(0, 1), targets[:, 0].clamp(min=0).flatten()        # (B * T, ...)
@@ -101,7 +101,7 @@ def own_details(model, codec, codes, mel, targets, latents=False):
     own = torch.cat([model.draw_finer(*part, draw) for part in zip(x.split(MOST_FRAMES), coarse.split(MOST_FRAMES))])
     model.train()
     own = own.unflatten(0, mel.shape[:2]).mT                                      # (B, K, T)
-    heard = codec.dequantize(own).mT if latents else log_mel(codec.decode(own))
+    heard = codec.dequantize(own).mT if model.config.latents else log_mel(codec.decode(own))
     return torch.cat([mel[:, :1], heard[:, :-1]], dim=1)                          # position p is shown frame p - 1
 
 
@@ -167,8 +167,9 @@ def parse_arguments():
         "whether it helps to know both (default: off)")
     add("--latents", action="store_true", help="use the codec's own vectors instead of the mel: the decoder's input "
         "for K codebooks or, with --mel-codebooks 0, the encoder's output before it is quantised")
-    add("--own-details", action="store_true", help="in training show every other crop the mel decoded from the right "
-        "coarse codes and finer ones that the model draws itself; on a CPU a step takes three to five times as long")
+    add("--own-details", action="store_true", help="in training show every other crop the mel (or --latents) of the "
+        "right coarse codes and of finer ones that the model draws itself; on a CPU a step takes three to five times "
+        "as long (with --latents less)")
     add = parser.add_argument_group("experiments with the mel; such models can be scored, not sampled").add_argument
     add("--window", type=int, nargs=2, default=list(WINDOW), metavar=("RISE", "FALL"), help="shape of the mel's "
         "window, in samples; 512 512 is a Hann window of 1024 (default: %(default)s)")
@@ -213,7 +214,7 @@ def parse_arguments():
         if value is not None and not least <= value < 2**63:                      # false for nan, too
             parser.error(f"--{name.replace('_', '-')} must be at least {least} and below 2**63")
     types = {f.name: f.type for f in dataclasses.fields(Config)
-             if f.name not in ("n_codebooks", "context", "dropout", "n_mels")}
+             if f.name not in ("n_codebooks", "context", "dropout", "n_mels", "latents")}
     fields = {}
     for word in args.set:
         field, _, value = word.partition("=")
@@ -221,7 +222,7 @@ def parse_arguments():
             fields[field] = {"True": True, "False": False}[value] if types[field] is bool else types[field](value)
         except (KeyError, ValueError):
             parser.error(f"--set {word}: must be FIELD=VALUE, a field of model.py's Config and a value of its type "
-                         "(n_codebooks, context and dropout have options of their own, n_mels is fixed)")
+                         "(n_codebooks, context, dropout and latents have options of their own, n_mels is fixed)")
     args.set = fields
     if not ((args.lr is None or 0 < args.lr < math.inf) and args.grad_clip > 0 and 0 <= args.dropout < 1):
         parser.error("--lr and --grad-clip must be above 0, --dropout at least 0 and below 1")
@@ -303,7 +304,7 @@ def new_model(args, codec):
     """The untrained model that the options describe."""
     config = dataclasses.replace(PRESETS[args.model], dropout=args.dropout, context=args.context,
                                  n_codebooks=args.n_codebooks, **args.set)
-    config.n_mels = codec.vectors.shape[-1] if args.latents else N_MELS
+    config.n_mels, config.latents = codec.vectors.shape[-1] if args.latents else N_MELS, args.latents
     if config.n_used_codebooks > codec.n_codebooks:
         raise CodecError(f"codec {codec.name} has {codec.n_codebooks} codebooks, not {config.n_used_codebooks}: lower "
                          "--n-codebooks or n_input_codebooks")
@@ -369,7 +370,7 @@ def check_options(args, config):
                              or not 1 < config.n_codebooks == args.mel_codebooks
                              or cannot_be_sampled(config, vars(args))):
         sys.exit("error: --own-details needs a hybrid that reads one codebook, predicts several and is shown the mel "
-                 "of just as many, without --mix, --lookahead, --window or mel_delay")
+                 "(or --latents) of just as many, without --mix, --lookahead, --window or mel_delay")
 
 
 def configure_optimizer(model, args):
@@ -576,7 +577,7 @@ def main():
             codes, mel, targets = (move(x, device) for x in part)
             if args.own_details and len(mel) > step % 2:      # a part of one row: at even steps only
                 some = slice(step % 2, None, 2)
-                mel[some] = own_details(model, codec, codes[some], mel[some], targets[some], args.latents)
+                mel[some] = own_details(model, codec, codes[some], mel[some], targets[some]).type_as(mel)
             with autocast:
                 _, losses = wrapped(codes, mel, targets, depth_frames=move(depth_frames, device))         # (K,)
             loss = total_loss(losses, count_targets(part[2], depth_frames) / n_targets.clamp(min=1))

@@ -172,7 +172,7 @@ def main():
                 generator = torch.Generator().manual_seed(seed)
                 codes, waves = zip(*generate(model, codec, round(args.seconds * FRAME_RATE), args.clips,
                                              temperature=temperature, finer_temperature=finer, top_p=args.top_p,
-                                             latents=checkpoint["latents"], generator=generator))
+                                             generator=generator))
                 sets.append((torch.cat(codes, dim=-1), torch.cat(waves, dim=1)))
             name = f"{Path(path).stem}, temperature {temperature:g}, finer codes {finer:g}"
             name += f", top-p {args.top_p:g}" if args.top_p else ""

@@ -68,9 +68,8 @@ def main():
         raise DataError(f"{args.dataset}: wants a training clip of more than {2 * LAG} frames")
     some = waves[::max(1, len(waves) // args.clips)][:args.clips]
     compare("training clips, half a frame later", [codec.encode(wave[None, HOP // 2:], 1)[0, 0] for wave in some])
-    for path, (model, _, checkpoint) in models.items():
-        frames = generate(model, codec, n_frames, args.clips, latents=checkpoint["latents"],
-                          generator=torch.Generator().manual_seed(0))
+    for path, (model, _, _) in models.items():
+        frames = generate(model, codec, n_frames, args.clips, generator=torch.Generator().manual_seed(0))
         compare(Path(path).stem, torch.cat([codes[:, 0] for codes, _ in frames], dim=1))         # (clips, n_frames)
     write(args.out, {"command": f"python notebooks/copying.py {' '.join(sys.argv[1:])}", "codec": codec.name,
                      "codec_checksum": codec.checksum, "seconds": args.seconds, "seed": 0, "temperature": 1.0,

@@ -451,7 +451,7 @@ def test_copying_knows_a_model_that_copies(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(copying, "prepare", lambda dataset, codec, **mel: data)
     monkeypatch.setattr(copying, "recordings", lambda dataset, seconds: (3 * [wave[:75 * 320]], []))
 
-    def generate(model, codec, n_frames, num, generator, latents):
+    def generate(model, codec, n_frames, num, generator):
         for frame in torch.from_numpy(codes[100:100 + n_frames].astype(np.int64)):               # of a training clip
             yield torch.stack([frame[:, None], torch.full((8, 1), 1024)]), None                  # a code of no clip
     monkeypatch.setattr(copying, "generate", generate)

@@ -120,9 +120,9 @@ def test_generating_frame_by_frame_equals_recomputing_everything(tiny_codec, fie
 def test_a_model_of_latents_hears_the_vectors_of_the_codes_it_draws(tiny_codec):
     torch.manual_seed(0)
     model = HybridGPT(Config(n_layer=1, n_head=2, n_embd=32, n_inner=64, n_mel_embd=32, n_codebooks=3,
-                             n_depth_embd=32, n_mels=tiny_codec.vectors.shape[-1])).eval()
+                             n_depth_embd=32, n_mels=tiny_codec.vectors.shape[-1], latents=True)).eval()
     model.set_mel_statistics(torch.zeros(model.config.n_mels), tiny_codec.vectors[0].T.cov())
-    codes = torch.cat([frame for frame, _ in generate(model, tiny_codec, 40, temperature=0, latents=True)], dim=-1)
+    codes = torch.cat([frame for frame, _ in generate(model, tiny_codec, 40, temperature=0)], dim=-1)
     inputs = torch.cat([torch.full((1, 3, 1), START), codes[..., :-1]], dim=-1)
     vectors = sum(tiny_codec.vectors[k, codes[:, k, :-1]] for k in range(3))          # (1, 39, C)
     likeliest = lambda heard: model(inputs, torch.cat([torch.zeros_like(heard[:, :1]), heard], dim=1))[0].argmax(-1)

@@ -1139,6 +1139,7 @@ def test_a_command_that_failed_can_be_corrected_and_run_again(run, tmp_path):
     (["--set", "use_mel=1"], ["--set use_mel=1"]),
     (["--set", "context=32"], ["--set context=32", "option"]),
     (["--set", "n_codebooks=3"], ["--set n_codebooks=3", "option"]),
+    (["--set", "latents=True"], ["--set latents=True", "option"]),
     (["--set", "mel_noise=nan"], ["at least 0"]),
     (["--set", "fuse=glue"], ["--set", "glue", "concat"]),
     (["--set", "n_input_codebooks=9"], ["8 codebooks", "n_input_codebooks"]),

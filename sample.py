@@ -163,8 +163,8 @@ def main():
     if model.config.use_mel and hears not in (trained_on, checkpoint.get("mix")):
         kind = "latents" if model.config.latents else "mel"
         of = f"{trained_on} codebooks" if trained_on else "recordings"
-        print(f"note: {args.ckpt} learnt from the {kind} of {of}, but hears the {kind} of the {hears} it predicts: expect "
-              "less of it than its NLL says", file=sys.stderr)
+        print(f"note: {args.ckpt} learnt from the {kind} of {of}, but hears the {kind} of the {hears} it predicts: "
+              "expect less of it than its NLL says", file=sys.stderr)
     prompt = None
     if args.prompt is not None:
         wave = torch.from_numpy(np.concatenate(list(read_audio(args.prompt))))

@@ -221,6 +221,8 @@ def check_mel(codec, mel_codebooks, latents, lookahead, window):
                         f"{codec.n_codebooks}, not of {mel_codebooks}")
     if lookahead and (mel_codebooks or latents):
         raise DataError("a lookahead goes with the mel of recordings only: --mel-codebooks 0, no --mix, no --latents")
+    if latents and tuple(window) != WINDOW:
+        raise DataError("a window goes with a mel only: leave out --window or --latents")
     try:
         check_window(lookahead, window)
     except ValueError as error:

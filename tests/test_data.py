@@ -129,6 +129,11 @@ def test_only_a_recordings_mel_can_look_ahead(tmp_path, tiny_codec, options):
         prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, lookahead=320, **options)
 
 
+def test_latents_have_no_window(tmp_path, tiny_codec):
+    with pytest.raises(DataError, match="--window or --latents"):
+        prepare(clips(tmp_path / "in"), tiny_codec, tmp_path / "cache", quiet=True, latents=True, window=[512, 512])
+
+
 @pytest.mark.parametrize("lookahead", [192, 352, 704])
 def test_the_mel_may_look_ahead(tmp_path, tiny_codec, lookahead):
     # blocks of 187 frames: one file ends just past three of them, another less than a lookahead past one

@@ -99,6 +99,13 @@ def test_a_gain_is_that_over_the_twin_of_the_same_seed():
     assert experiments.gain([made(0, 1.0)], [reader]).mean == 3.0
 
 
+@pytest.mark.parametrize("model, twin", [
+    ("nano-noise-steps600", "nano-gpt-steps600"), ("nano-latents8-steps1200", "nano-gpt-steps1200"),
+    ("nano-own-latents8", "nano-gpt"), ("coarse-both8", "coarse-gpt"), ("coarse-late-cut192", "coarse-gpt-late")])
+def test_a_twin_differs_in_what_it_reads_only(model, twin):
+    assert experiments.TWINS[model] == [twin]
+
+
 def test_the_table_says_where_a_gain_compares_unequal_learning_rates():
     rows = experiments.table(["music"])
     assert "| `hybrid` | `gpt-l` (lr 6e-3 against 3e-3) |" in rows and "| `coarse` | `coarse-gpt` |" in rows

@@ -101,9 +101,9 @@ def generate(model, codec, n_frames, num=1, prompt=None, temperature=1.0, finer_
         else:
             coarse = draw(model.head(x), temperature, **how)                  # (B,)
             codes = model.draw_finer(x, coarse, lambda logits: draw(logits, finer_temperature, **how))[:, :, None]
-        drawn = codes.to(codec.device)
-        wave = decoder.push(drawn)                            # (B, 320)
-        mel = codec.dequantize(drawn).mT if model.config.latents else spectrogram.push(wave)          # (B, 1, n_mels)
+        heard = codes.to(codec.device)
+        wave = decoder.push(heard)                            # (B, 320)
+        mel = codec.dequantize(heard).mT if model.config.latents else spectrogram.push(wave)          # (B, 1, n_mels)
         mel = mel.to(device)
         yield codes, wave
 

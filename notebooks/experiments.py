@@ -47,7 +47,7 @@ codes8    as `nano-gpt` and as `nano` in shipped, but reading all eight codes of
 own       as `nano` in shipped, but given the mel of its own finer codes in half of the crops. (The models in assets/
           are from shipped and own: on speech `nano-own`, on music `nano`, and `nano-gpt`)
 details   as `nano` and as `nano-latents8` in frames, given their own finer codes in the same way
-vectors   as `nano` in shipped, but reading the sum of the codec's vectors instead of the mel
+vectors   as `nano` in shipped and in own, but reading the sum of the codec's vectors instead of the mel
 recorded  as `nano` in shipped, but trained on the mel of recordings: what it generates shows what the gap costs. One
           seed
 double    `nano`, `nano-gpt` and `nano-codes8` for 2,400 steps, on six hours of audio (`--lr 6e-3`: chosen after 300
@@ -144,7 +144,8 @@ EXPERIMENTS = {
                "nano-both8-steps1200": [*NANO, *STEPS[1200], *CODES8]},
     "own": {"nano-own-steps1200": [*NANO, *STEPS[1200], "--own-details"]},
     "details": {"nano-own": [*NANO, "--own-details"], "nano-own-latents8": [*NANO, "--own-details", "--latents"]},
-    "vectors": {"nano-latents8-steps1200": [*NANO, *STEPS[1200], "--latents"]},
+    "vectors": {"nano-latents8-steps1200": [*NANO, *STEPS[1200], "--latents"],
+                "nano-own-latents8-steps1200": [*NANO, *STEPS[1200], "--own-details", "--latents"]},
     "recorded": {"nano-recorded-steps1200": [*NANO, *STEPS[1200], "--mel-codebooks", "0"]},
     "double": {"nano-steps2400": [*NANO, *STEPS[2400]], "nano-gpt-steps2400": [*NANO_GPT, *STEPS[2400]],
                "nano-codes8-steps2400": [*NANO_GPT, *STEPS[2400], *CODES8]},

@@ -539,6 +539,12 @@ def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, f
         assert missed[first] == min(missed.values()) < 0.3 * max(missed.values())
 
 
+def test_a_recording_that_is_not_ours_is_not_kept_in_a_notebook():
+    cells = [cell for path in NOTEBOOKS.glob("*.ipynb") for cell in json.loads(path.read_text())["cells"]
+             if "REAL_SPEECH" in "".join(cell["source"]) and cell["cell_type"] == "code"]
+    assert len(cells) == 1 and not cells[0]["outputs"]
+
+
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_notebook_runs(path, executed):
     done = executed[path].result()

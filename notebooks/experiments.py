@@ -50,8 +50,8 @@ details   as `nano` and as `nano-latents8` in frames, given their own finer code
 vectors   as `nano` in shipped and in own, but reading the sum of the codec's vectors instead of the mel
 recorded  as `nano` in shipped, but trained on the mel of recordings: what it generates shows what the gap costs. One
           seed
-double    `nano`, `nano-gpt` and `nano-codes8` for 2,400 steps, on six hours of audio (`--lr 6e-3`: chosen after 300
-          steps, `nano` and `nano-gpt` would take twice that, which turned out worse, as did half of it)
+double    `nano`, `nano-gpt`, `nano-codes8` and `nano-latents8` for 2,400 steps, on six hours of audio (`--lr 6e-3`:
+          chosen after 300 steps, `nano` and `nano-gpt` would take twice that, which turned out worse, as did half of it)
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but the same number of targets a step:
           the longer the context, the fewer places they come from
 short     the same three with 32 positions, where music gains most, three seeds; and again from as few places a step as
@@ -148,7 +148,8 @@ EXPERIMENTS = {
                 "nano-own-latents8-steps1200": [*NANO, *STEPS[1200], "--own-details", "--latents"]},
     "recorded": {"nano-recorded-steps1200": [*NANO, *STEPS[1200], "--mel-codebooks", "0"]},
     "double": {"nano-steps2400": [*NANO, *STEPS[2400]], "nano-gpt-steps2400": [*NANO_GPT, *STEPS[2400]],
-               "nano-codes8-steps2400": [*NANO_GPT, *STEPS[2400], *CODES8]},
+               "nano-codes8-steps2400": [*NANO_GPT, *STEPS[2400], *CODES8],
+               "nano-latents8-steps2400": [*NANO, *STEPS[2400], "--latents"]},
     "context": {f"{name}-context{n}": [*options, "--context", str(n), "--batch-size", str(4096 // n)]
                 for n in (64, 128, 512) for name, options in TRIO.items()},
     "short": {f"{name}-context32{suffix}": [*options, "--context", "32", "--batch-size", "128", *stretch]

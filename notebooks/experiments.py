@@ -51,7 +51,7 @@ vectors   as `nano` in shipped and in own, but reading the sum of the codec's ve
 recorded  as `nano` in shipped, but trained on the mel of recordings: what it generates shows what the gap costs. One
           seed
 double    `nano`, `nano-gpt`, `nano-codes8` and `nano-latents8` for 2,400 steps, on six hours of audio (`--lr 6e-3`:
-          chosen after 300 steps, `nano` and `nano-gpt` would take twice that, which turned out worse, as did half of it)
+          after 300 steps `nano` and `nano-gpt` would choose twice that, which turned out worse, as did half of it)
 context   `coarse`, `coarse-heard` and `coarse-gpt` with more and fewer positions but the same number of targets a step:
           the longer the context, the fewer places they come from
 short     the same three with 32 positions, where music gains most, three seeds; and again from as few places a step as

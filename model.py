@@ -296,8 +296,8 @@ class HybridGPT(nn.Module):
         """Both branches and the blocks: codes (B, K, T), mel (B, T, 80) -> hidden states (B, T, n_embd), for `head` and
         `finer_logits`. With a `KVCache` T is 1, and the positions before this one are remembered."""
         T, context = codes.shape[2], self.config.context
-        if cache is not None and T != 1:
-            raise ValueError(f"with a cache one position at a time, not {T}")
+        if cache is not None and (T != 1 or self.config.use_mel and self.config.mel_delay):
+            raise ValueError(f"with a cache one position at a time, not {T}, and no mel_delay")
         at_start = (codes[:, 0] == START)[..., None]                              # (B, T, 1)
         first = 0 if cache is None else cache.position
         if first + T <= context:
@@ -416,13 +416,16 @@ def load_checkpoint(path, device="cpu"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise CheckpointError(f"{path} is of format {checkpoint['format']}, and this is {FORMAT}: train it anew")
-        checkpoint.setdefault("latents", False)               # the first files of this format do not name that option
+        # the first files of this format do not name `latents`, some later ones only beside "config", not in it
+        checkpoint.setdefault("latents", False)
         model = HybridGPT(Config(**{"latents": checkpoint["latents"], **checkpoint["config"]}))
         model.load_state_dict(checkpoint["model"])
     except CheckpointError:
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint '{path}': train.py writes one") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path} ({error.strerror or error})") from error
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)        # some have many lines
         raise CheckpointError(f"{path} is not a whole checkpoint of this train.py: name another, or train one anew "

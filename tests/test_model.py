@@ -258,6 +258,8 @@ def test_a_delayed_mel_is_the_whitened_mel_some_frames_late():
     shifted[:, 3] = model.mel_mean                            # what stood at START is not heard later, either
     torch.testing.assert_close(logits_of(late, codes, mel), logits_of(model, codes, shifted))
     assert not torch.equal(logits_of(late, codes, mel), logits_of(model, codes, mel))
+    with pytest.raises(ValueError, match="no mel_delay"):     # one step at a time it would hear nothing
+        late.backbone(codes[..., :1], mel[:, :1], KVCache(16))
 
 
 # ----------------------------------------------------------------------------- the finer codes
@@ -571,6 +573,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_clear_line_and_runs_no_code(tmp
             load_checkpoint(tmp_path / f"{name}.pt")
         assert f"{name}.pt" in str(caught.value) and "\n" not in str(caught.value)
         assert ("mel_in.weight" in str(caught.value)) == (name == "misfit")       # says what does not fit
+        assert ("train" in str(caught.value)) == (name != "folder")       # unreadable: training anew would not help
     assert not (tmp_path / "ran").exists()
 
 

@@ -571,12 +571,13 @@ def main():
         if WORLD > 1:
             dist.all_reduce(n_targets)                        # of the whole batch
         parts = zip(*(x.chunk(args.accumulate) for x in batch))
-        for n_part, part in enumerate(parts, start=1):
+        for n_part, part in enumerate(parts):
             if WORLD > 1:                                     # gradients are averaged once, after the last part
-                wrapped.require_backward_grad_sync = n_part == args.accumulate
+                wrapped.require_backward_grad_sync = n_part == args.accumulate - 1
             codes, mel, targets = (move(x, device) for x in part)
-            if args.own_details and len(mel) > step % 2:      # a part of one row: at even steps only
-                some = slice(step % 2, None, 2)
+            first_row = (RANK * args.accumulate + n_part) * len(mel)              # of this part, in the whole batch
+            some = slice((first_row + step) % 2, None, 2)     # every other row: the even or the odd ones of the batch
+            if args.own_details and len(mel[some]):
                 mel[some] = own_details(model, codec, codes[some], mel[some], targets[some]).type_as(mel)
             with autocast:
                 _, losses = wrapped(codes, mel, targets, depth_frames=move(depth_frames, device))         # (K,)

@@ -363,12 +363,11 @@ def test_every_other_crop_is_shown_its_own_details(run, tmp_path):
         for options in ([], ["--own-details"], ["--own-details", "--accumulate", 4]):
             assert run(tmp_path, "--batch-size", 4, *options, "--steps", 2, "--out", f"{len(options)}.pt").code == 0
     shown = [call.args[2] for call in in_training(calls)]
+    assert [len(mel) for mel in shown] == [4] * 4 + [1] * 8                       # at last in parts of one row
+    split = shown[:4] + [torch.cat(shown[4:8]), torch.cat(shown[8:])]
     for step in range(2):
-        usual, own = shown[step], shown[2 + step]
-        assert torch.equal(own[1 - step % 2::2], usual[1 - step % 2::2])
-        assert all(not torch.equal(a, b) for a, b in zip(own[step % 2::2], usual[step % 2::2]))
-    assert [len(mel) for mel in shown] == [4] * 4 + [1] * 8                       # of one row: in every other step
-    assert torch.equal(torch.cat(shown[8:]), shown[1]) and not torch.equal(torch.cat(shown[4:8]), shown[0])
+        for own in split[2 + step], split[4 + step]:
+            assert [torch.equal(a, b) for a, b in zip(own, split[step])] == [row % 2 != step for row in range(4)]
 
 
 def test_the_loss_is_that_of_the_coarse_code_plus_the_mean_of_the_finer_ones(run, tmp_path):

@@ -389,6 +389,7 @@ def to_checkpoint(model, **facts):
 
 def write_whole(path, content):
     """Write bytes beside `path`, then rename: whatever happens, `path` is complete, the old or the new."""
+    path = os.path.realpath(path)                             # a link stays one
     beside = Path(f"{path}.tmp")
     try:
         with open(beside, "wb") as file:

@@ -210,13 +210,14 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")         # a path may hold what the terminal cannot show
+    if sys.stdout:                                            # a path may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
     except soundfile.SoundFileError as error:
-        sys.exit(f"error: cannot write --out ({str(error).strip()}): is the disk full?")
+        sys.exit(f"error: cannot write --out ({str(error).strip()}): is the disk full, or --num too large?")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

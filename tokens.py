@@ -282,7 +282,8 @@ def load_codec(name="mini", device="cpu", folder=None):
         raise CodecError(f"a folder of weights goes with codec encodec, not with '{name}'")
     path = MINI if name == "mini" else Path(os.path.expanduser(name))
     if name != "mini" and not os.path.isfile(path):
-        raise CodecError(f"no codec '{name}': use mini, encodec, or a file written by assets/train_codec.py")
+        raise CodecError(f"no codec '{name}': use mini, encodec, or a file written by assets/train_codec.py (--codec "
+                         "FILE if it has moved)")
     checksum = _sha256(path)
     if name == "mini" and checksum != MINI_SHA256:
         raise CodecError(f"{path} is not the codec this version was made with (SHA-256 {checksum[:12]}…, expected "

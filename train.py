@@ -240,8 +240,9 @@ def parse_arguments():
 
 
 def out_of_memory(error):
-    """Does this exception mean that? Off CUDA torch has no error of its own (the last two: Windows and MPS)."""
-    said = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+    """Does this exception mean that? Off CUDA torch has no error of its own (the last three: Windows, MPS, and a
+    process of `prepare` that was killed, most likely because memory was full)."""
+    said = ("can't allocate memory", "not enough memory", "MPS backend out of memory", "DataLoader worker (pid")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
@@ -474,8 +475,8 @@ def main():
     step, tokens_seen, seconds, best, log_size = 0, 0, 0.0, math.inf, 0
     if args.resume:
         if checkpoint["audio"] != data.fingerprint:
-            raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now, or on "
-                                  "another mel of it")
+            raise CheckpointError(f"{last} was trained on other audio than dataset '{args.dataset}' holds now (has a "
+                                  "file come, a sample.wav perhaps, or gone?), or on another mel of it")
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, tokens_seen, seconds, log_size = (checkpoint[k] for k in ("step", "tokens_seen", "seconds", "log_size"))
         best = checkpoint["best"] if out.exists() else math.inf         # without it the next evaluation is the best
@@ -609,19 +610,23 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")         # a path may hold what the terminal cannot show
+    if sys.stdout:                                            # a path may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (CheckpointError, CodecError, DataError) as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith("torch._inductor"):              # no C++ compiler, for example
+            sys.exit(f"error: torch.compile failed ({str(error).splitlines()[0]}): go on with --resume --no-compile")
         if not out_of_memory(error):
             raise
         sys.exit("error: out of memory: raise --accumulate (also with --resume), or lower --context or --batch-size "
-                 "(with --eval, only the latter)")
+                 "(with --eval, only the latter); if it was still preparing, call it again on fewer cores (on Linux: "
+                 "taskset -c 0 python train.py …)")
     except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
+        if error.errno not in DISK_FULL:                      # a folder that is gone, a name that is too long
+            sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         sys.exit("error: no space left for the files of --out; those written before are whole: make room, then "
                  "continue with --resume, or start anew with --overwrite if this came before the first checkpoint")
     except KeyboardInterrupt:                                 # before the loop, or a second Ctrl-C in it

@@ -516,6 +516,8 @@ def main():
                 print(name, *measure(average, waves), flush=True)
     # what inference needs, in fp16; tokens.py checks the SHA-256
     weights = {k: v.half().cpu() for k, v in average.state_dict().items() if not k.endswith(TRAINING_ONLY)}
+    if not all(v.isfinite().all() for v in weights.values()):
+        sys.exit("error: the weights are no longer finite: is there nothing but silence in --data?")
     save(args.out, {"config": SHAPE, "weights": weights})
     print(f'wrote {args.out}, MINI_SHA256 = "{hashlib.sha256(Path(args.out).read_bytes()).hexdigest()}"')
     last.unlink(missing_ok=True)                              # nothing is left to continue

@@ -582,3 +582,10 @@ def test_what_is_synced_is_the_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), fsync(file)))
     write_whole(tmp_path / "a", b"a line")
     assert sizes == [6] and (tmp_path / "a").read_bytes() == b"a line"
+
+
+def test_a_link_to_a_checkpoint_on_another_disk_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out.pt").symlink_to(tmp_path / "disk" / "out.pt")
+    write_whole(tmp_path / "out.pt", b"weights")
+    assert (tmp_path / "out.pt").is_symlink() and (tmp_path / "disk" / "out.pt").read_bytes() == b"weights"

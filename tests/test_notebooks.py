@@ -506,7 +506,7 @@ def test_a_codec_fitted_to_nothing_is_one_line(monkeypatch, tmp_path):
 def test_codebooks_are_fitted_anew_to_what_is_asked_for(tmp_path, monkeypatch, first, heard):
     monkeypatch.setattr(refit_codec, "ROOT", tmp_path)
     monkeypatch.setattr(refit_codec, "load", lambda folders: (folders, [[np.ones(9, np.int16)]] * len(folders)))
-    monkeypatch.setattr(refit_codec, "STEPS", 1 if first == "late-decoder" else 60)           # its encoder is late's
+    monkeypatch.setattr(refit_codec, "STEPS", 1 if first == "late-decoder" else 35)           # its encoder is late's
     monkeypatch.setattr(refit_codec, "DECODER_STEPS", 3)
     made = []
 

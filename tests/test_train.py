@@ -1216,10 +1216,20 @@ def test_a_checkpoint_whose_codec_was_replaced_is_refused(run, tmp_path, tiny_co
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to ...")])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError("DataLoader worker (pid(s) 7030) exited unexpectedly")])
 def test_too_little_memory_is_one_clear_line(run, tmp_path, error):
     with mock.patch.object(HybridGPT, "backbone", side_effect=error):
-        assert_refused(run(tmp_path), "out of memory", "--accumulate")
+        assert_refused(run(tmp_path), "out of memory", "--accumulate", "fewer cores")
+
+
+def test_a_model_that_cannot_be_compiled_is_one_clear_line(run, tmp_path):
+    with mock.patch.object(HybridGPT, "backbone", side_effect=torch._inductor.exc.InvalidCxxCompiler()):
+        assert_refused(run(tmp_path), "No working C++ compiler", "--no-compile")
+
+
+def test_a_name_that_is_too_long_for_a_checkpoint_is_one_clear_line(run, tmp_path):
+    assert_refused(run(tmp_path, "--out", f"{'a' * 245}.pt"), "aaa.last.pt.tmp: File name too long")
 
 
 def test_an_error_of_ours_is_not_blamed_on_the_memory(run, tmp_path):

@@ -225,6 +225,20 @@ def test_training_with_a_discriminator_writes_a_codec_and_resumes(tmp_path, monk
     assert tokens.hashlib.sha256(out.read_bytes()).hexdigest() in capsys.readouterr().out
 
 
+def test_from_silence_alone_no_codec_is_made(tmp_path, monkeypatch, small):
+    small(10, 2)
+    monkeypatch.setattr(train_codec, "fit_codebooks", functools.partial(train_codec.fit_codebooks, rounds=1))
+    for side in ("train", "val"):
+        (tmp_path / side).mkdir()
+        soundfile.write(tmp_path / side / "silence.wav", torch.zeros(24_000), 24_000)
+    out = tmp_path / "codec.pt"
+    monkeypatch.setattr(sys, "argv", ["train_codec.py", "--device", "cpu", "--data", str(tmp_path), "--out", str(out),
+                                      "--steps", "4", "--batch-size", "1", "--frames", "29"])
+    with pytest.raises(SystemExit, match="no longer finite: is there nothing but silence in --data"):
+        train_codec.main()
+    assert not out.exists()
+
+
 def test_resuming_without_a_state_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train_codec.py", "--resume", "--out", str(tmp_path / "no.pt")])
     with pytest.raises(SystemExit, match="no .*no.pt.last, or not one that can be read"):

@@ -15,8 +15,8 @@ fix the exact shape of the wave; a lower --finer-temperature makes it smoother. 
 assets/ comes closer to the corpus, but music strays farther, most of all that of a hybrid, which hears what it draws
 and was trained on codes as varied as a recording's (notebook 06).
 
-A model trained with --latents hears no mel, but the vectors that the codes stand for; on speech its finer codes, too,
-are best drawn at 0.7 or 0.8.
+A model trained with --latents hears no mel, but the vectors that the codes stand for; its finer codes, too, are best
+drawn at 0.7 or 0.8 on speech, perhaps also on music.
 
 Each part remembers its own past (the model's keys and values, the decoder's layers, the spectrogram's last window), so
 the cost of a frame stops growing once the context is full.

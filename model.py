@@ -425,8 +425,8 @@ def load_checkpoint(path, device="cpu"):
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint '{path}': train.py writes one") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path} ({error.strerror or error})") from error
+    except (PermissionError, IsADirectoryError) as error:     # a damaged file may raise another OSError
+        raise CheckpointError(f"cannot read {path} ({error.strerror})") from error
     except Exception as error:       # a damaged or foreign file makes torch.load raise almost anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)        # some have many lines
         raise CheckpointError(f"{path} is not a whole checkpoint of this train.py: name another, or train one anew "

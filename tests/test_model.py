@@ -559,6 +559,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_clear_line_and_runs_no_code(tmp
     good = (tmp_path / "good.pt").read_bytes()
     assert load_checkpoint(tmp_path / "good.pt")[0].training is False
     (tmp_path / "truncated.pt").write_bytes(good[:len(good) // 2])
+    (tmp_path / "beginning.pt").write_bytes(good[:5000])
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
@@ -567,13 +568,13 @@ def test_a_checkpoint_that_cannot_be_used_is_one_clear_line_and_runs_no_code(tmp
     torch.save({**to_checkpoint(model), "model": HybridGPT(TOKENS).state_dict()}, tmp_path / "misfit.pt")
     torch.save({**to_checkpoint(model), "extra": Malicious(tmp_path / "ran")}, tmp_path / "malicious.pt")
     (tmp_path / "folder.pt").mkdir()
-    for name in ("absent", "truncated", "empty", "text", "foreign", "tensor", "version", "misfit", "malicious",
-                 "folder"):
+    for name in ("absent", "truncated", "beginning", "empty", "text", "foreign", "tensor", "version", "misfit",
+                 "malicious", "folder"):
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(tmp_path / f"{name}.pt")
         assert f"{name}.pt" in str(caught.value) and "\n" not in str(caught.value)
         assert ("mel_in.weight" in str(caught.value)) == (name == "misfit")       # says what does not fit
-        assert ("train" in str(caught.value)) == (name != "folder")       # unreadable: training anew would not help
+        assert ("cannot read" in str(caught.value)) == (name == "folder")         # training anew would not help
     assert not (tmp_path / "ran").exists()
 
 
